@@ -1,0 +1,34 @@
+# make demo   sets everything up, trains on the embedded Shapes pictures, evaluates, draws
+# make test   sets everything up, runs the tests
+# PYTHON=python3.12 VENV=/some/where make demo   takes another interpreter, another place
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-long lint
+
+$(READY): requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \"Python 3.11 or newer is needed: make PYTHON=python3.12\")"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(READY)
+
+demo: $(READY)
+	@start=$$(date +%s) && \
+	$(RUN) train.py --preset shapes --output runs/demo && \
+	$(RUN) evaluate.py --weights runs/demo/last.pt --output runs/demo --workers 0 --per-class && \
+	$(RUN) visualize.py --weights runs/demo/last.pt --output runs/demo && \
+	echo "demo: $$(( ($$(date +%s) - start) / 60 )) min $$(( ($$(date +%s) - start) % 60 )) s;" \
+	     "pictures in runs/demo: detections.png, stages.png, curves.png"
+
+test: $(READY)
+	$(RUN) -m pytest -m "not long"
+
+test-long: $(READY)
+	$(RUN) -m pytest -m long
+
+lint: $(READY)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check

@@ -1,0 +1,128 @@
+"""Checkpoints: one file that holds a model and all that is needed to use it, or to go on training it.
+
+A checkpoint is a dict of tensors and plain values, always read with `torch.load(..., weights_only=True)`:
+
+    model          state dict of `SparseRCNN`
+    config         `Config.to_dict()`
+    class_names    K names, in the order of the labels
+    category_ids   K ids of the training annotations, in the same order
+    optimizer, schedule, epoch, step, rng, best     in training only: what `train.py --resume` needs
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import Config, UserError
+from model import SparseRCNN, build_model
+
+_KEYS = ("model", "config", "class_names", "category_ids")
+
+
+def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes to a temporary file, syncs it, then renames: whenever this is killed, `path` is whole, old or new.
+
+    Raises:
+        OSError: the file cannot be written (no space, no permission); what was at `path` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({error}); what was there before is intact"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Any file of tensors and plain values, on the CPU; nothing in it is executed.
+
+    Raises:
+        UserError: the file is missing, unreadable, no checkpoint, or holds more than tensors and plain values.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: not a checkpoint of tensors and plain values; nothing else is loaded, as a pickle can run any "
+            f"code ({first_line(error)})"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not the dict of a checkpoint")
+    return checkpoint
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this project.
+
+    Raises:
+        UserError: as `read_checkpoint`, or the file is a checkpoint of something else.
+    """
+    checkpoint = read_checkpoint(path)
+    if missing := [key for key in _KEYS if key not in checkpoint]:
+        raise UserError(
+            f"{path}: not a checkpoint of this project, it lacks {', '.join(missing)}; weights of the authors' code or "
+            "of MMDetection are converted by `python -m tools.convert IN OUT`"
+        )
+    return checkpoint
+
+
+def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """`load_state_dict`, with a message that lists which keys and shapes do not fit.
+
+    Raises:
+        UserError: the tensors are not exactly those of the model.
+    """
+    own = model.state_dict()
+    reasons = [
+        f"{title}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
+        for title, keys in (
+            ("missing", [key for key in own if key not in state_dict]),
+            ("left over", [key for key in state_dict if key not in own]),
+            (
+                "of another shape",
+                [
+                    f"{key} {list(value.shape)} in the file, {list(own[key].shape)} in the model"
+                    for key, value in state_dict.items()
+                    if key in own and own[key].shape != value.shape
+                ],
+            ),
+        )
+        if keys
+    ]
+    if reasons:
+        raise UserError(f"{path}: does not fit the model; {'; '.join(reasons)}")
+    model.load_state_dict(state_dict)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[SparseRCNN, dict[str, Any]]:
+    """The model of a checkpoint in eval mode on the device, and the checkpoint, its weights taken out.
+
+    Raises:
+        UserError: as `load_checkpoint`, or the weights do not fit the config beside them.
+    """
+    checkpoint = load_checkpoint(path)
+    checkpoint["config"] = config = Config.from_dict(checkpoint["config"])
+    model = build_model(config, pretrained_backbone=False)
+    load_strictly(model, checkpoint.pop("model"), path)
+    return model.to(device).eval(), checkpoint

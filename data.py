@@ -1,0 +1,350 @@
+"""COCO-format data sets, augmentation, batching.
+
+In: a JSON file in COCO's format and the folder of its pictures. Out: (image, target) pairs, one by one or in batches:
+    image   (3, H, W) uint8 RGB, 0-255 (the model normalises and pads)
+    target  boxes (M, 4) float32 xyxy pixels, labels (M,) int64 from 0 (torchvision's own detectors start at 1),
+            image_id int, size_hw the file's (height, width) before transforms
+
+Shapes: M objects of an image, T objects of all images, K classes.
+
+Deviations (ours | paper | authors' code | why)
+    torchvision's antialiased bilinear resize | not told | Pillow's | faster; seen to differ by at most 1 of 255 levels
+    resize, then flip | not told | flip, then resize | independent draws: the same pictures are equally likely
+    batches of a plain shuffle | not told | wide and tall images in batches apart | simpler, but pads more
+"""
+
+import contextlib
+import gc
+import io
+import json
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from config import Config, UserError
+from shapes import ShapesDataset
+
+Target = dict[str, Any]
+Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]] | None
+Names = Sequence[str] | None
+AnyPath = str | os.PathLike[str]
+
+MIN_SIDE_PX = 1e-5  # boxes no wider or no higher than this are no objects (authors' code)
+COCO_FOLDER = Path("datasets/coco")
+
+
+def read_image(path: AnyPath) -> tv_tensors.Image:
+    """Decodes a picture: (3, H, W) uint8 RGB, turned as its EXIF orientation says; the first frame of an animation.
+
+    Pillow rather than torchvision.io, whose decoders are deprecated and end the whole process on a damaged PNG.
+    UserError where the file is missing, empty, truncated or no picture.
+    """
+    try:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
+            if picture.mode.startswith("I"):  # 16-bit grey: convert() alone may clip it at 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+            pixels = np.array(picture.convert("RGB"))  # (H, W, 3)
+        body = content.rstrip(b"\0")  # an interrupted download may end in zeros, which decoders take for pixels
+        if content[:2] == b"\xff\xd8" and len(content) - len(body) > 512 and body[-2:] != b"\xff\xd9":
+            raise OSError("JPEG file is truncated: it ends in zeros")
+    except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not a known picture format" if content else "the file is empty"
+        raise UserError(f"{path}: cannot be read as a picture ({reason}); replace it or leave it out") from None
+    # Not made contiguous: torchvision resizes uint8 twice as fast while the channels lie last in memory.
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+_ID = (lambda v: type(v) is int and -(2**63) <= v < 2**63, "an integer")  # to Python, JSON's true is an int as well
+_PIXELS = (lambda v: type(v) is int and 0 < v < 2**31, "a whole number of pixels")
+_TEXT = (lambda v: type(v) is str and v != "", "a text")
+_CROWD = (lambda v: v is None or (isinstance(v, int) and v in (0, 1)), "0, 1 or absent")
+_BBOX = (  # Python's JSON reader lets NaN and Infinity pass
+    lambda v: type(v) is list and len(v) == 4 and all(type(n) in (int, float) and abs(n) < 1e12 for n in v),
+    "4 finite numbers x, y, width, height",
+)
+_FORMAT: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {"id": _ID, "file_name": _TEXT, "width": _PIXELS, "height": _PIXELS},
+    "categories": {"id": _ID, "name": _TEXT},
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": _BBOX, "iscrowd": _CROWD},
+}
+_LISTED_IN = {"image_id": "images", "category_id": "categories"}
+
+
+def _read_json(file: str) -> Any:
+    gc.disable()  # a collection now and then finds nothing, but takes two thirds of the time on COCO's file
+    try:
+        return json.loads(Path(file).read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not JSON ({error}); export the annotations again") from None
+    finally:
+        gc.enable()
+
+
+def _load_tables(file: str) -> dict[str, list[dict[str, Any]]]:
+    """The parsed file, whose every record is as `_FORMAT` says."""
+    raw = _read_json(file)
+    seen: dict[tuple[str, str], set[Any]] = defaultdict(set)
+    for name in _FORMAT:
+        if not isinstance(raw, dict) or not isinstance(raw.get(name), list):
+            raise UserError(f'{file}: holds no list "{name}"; export the annotations in COCO\'s (instances) format')
+        if not raw[name] and name != "annotations":
+            raise UserError(f'{file}: the data set is empty, it lists no "{name}"; check that the export succeeded')
+        for row, record in enumerate(raw[name]):
+            if problem := _problem(name, record, seen):
+                known_as = f" (id {record['id']!r:.40})" if isinstance(record, dict) and "id" in record else ""
+                raise UserError(f"{file}: {name}[{row}]{known_as}: {problem}; correct or remove the record")
+    return raw
+
+
+def _problem(name: str, record: Any, seen: dict[tuple[str, str], set[Any]]) -> str | None:
+    """What is wrong with a record of the list `name`; adds its unique values to those `seen`."""
+    if not isinstance(record, dict):
+        return f"{record!r:.60} should be an object"
+    for key, (valid, expected) in _FORMAT[name].items():
+        value = record.get(key)
+        if not valid(value):
+            return f'"{key}" ' + ("is missing" if key not in record else f"is {value!r:.60} and should be {expected}")
+        if key in _LISTED_IN and value not in seen[_LISTED_IN[key], "id"]:
+            return f'"{key}" {value} is not listed in "{_LISTED_IN[key]}"'
+        if key in ("id", "name"):
+            if value in seen[name, key]:
+                return f'an earlier record has the same "{key}", {value}'
+            seen[name, key].add(value)
+    return None
+
+
+def _check_same_classes(where: str, names: Sequence[str], expected: Sequence[str]) -> None:
+    missing, new = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    if missing or new:
+        what = f"classes {list(names)} differ from the model's or training data's {list(expected)}"
+        raise UserError(f"{where}: {what} (missing {missing}, new {new}); rename them or use other data")
+
+
+class CocoDataset(Dataset):
+    """Pictures and boxes of a file in COCO's format. Crowds are not trained on; images without objects are kept.
+
+    UserError where files are missing, or the JSON is not as COCO's format has it. Annotations lie
+    in packed arrays: a DataLoader's process would copy Python objects as it counts references to them.
+
+    Args:
+        class_names: in the labels' order; matched to the file's by name. By default the file's own, by category id.
+
+    Attributes:
+        class_names, category_ids: K names and K ids (of this file); label k stands for the k-th.
+        image_ids, file_names, objects_per_image: (len,) int64, str, int64.
+        sizes_hw: (len, 2) int64, height and width of each file in pixels.
+    """
+
+    def __init__(
+        self, json_file: AnyPath, image_dir: AnyPath, transforms: Transforms = None, class_names: Names = None
+    ) -> None:
+        self.json_file, self.image_dir, self.transforms = str(json_file), str(image_dir), transforms
+        raw = _load_tables(self.json_file)  # dropped at the end of this function: `coco()` reads the file anew
+        self.image_ids = np.array([image["id"] for image in raw["images"]])
+        self.sizes_hw = np.array([(image["height"], image["width"]) for image in raw["images"]])
+        self.file_names = self._find_files([image["file_name"] for image in raw["images"]])
+        id_of = {category["name"]: category["id"] for category in sorted(raw["categories"], key=lambda c: c["id"])}
+        self.class_names = tuple(id_of if class_names is None else class_names)
+        _check_same_classes(self.json_file, tuple(id_of), self.class_names)
+        self.category_ids = tuple(id_of[name] for name in self.class_names)
+        self._pack(raw["annotations"])
+
+    def _find_files(self, names: list[str]) -> np.ndarray:
+        if not os.path.isdir(self.image_dir):
+            raise UserError(f"{self.image_dir}: there is no such folder of images; check the path")
+        if missing := [name for name in names if not os.path.isfile(os.path.join(self.image_dir, name))]:
+            what = f"{len(missing)} of the {len(names)} image files listed in {self.json_file} are missing"
+            raise UserError(f"{self.image_dir}: {what}, the first is {missing[0]}; check the folder")
+        return np.array(names)
+
+    def _pack(self, annotations: list[dict[str, Any]]) -> None:
+        """Sets objects_per_image and the arrays that `target` reads; warns of the boxes that are no objects."""
+        row_of = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
+        label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
+        ids = np.array([a["id"] for a in annotations])  # (T,), as all arrays below except the boxes
+        images = np.array([row_of[a["image_id"]] for a in annotations], dtype=np.int64)
+        labels = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
+        crowds = np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool)
+        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+        limits = np.tile(self.sizes_hw[images][:, ::-1], 2)  # (T, 4): w, h, w, h
+        xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).clip(0, limits).astype(np.float32)
+        flat = ~crowds & (boxes[:, 2:] <= MIN_SIDE_PX).any(axis=1)
+        outside = ~crowds & ~flat & (xyxy[:, 2:] - xyxy[:, :2] <= MIN_SIDE_PX).any(axis=1)
+        if (flat | outside).any():
+            kinds = f"{flat.sum()} of zero or negative width or height, {outside.sum()} wholly outside of the image"
+            first = ", ".join(map(str, ids[flat | outside][:5]))
+            warnings.warn(f"{self.json_file}: left out boxes: {kinds} (first annotation ids: {first})", stacklevel=3)
+        kept = np.argsort(images, kind="stable")
+        kept = kept[~(crowds | flat | outside)[kept]]
+        self._boxes, self._labels = xyxy[kept], labels[kept]
+        self.objects_per_image = np.bincount(images[kept], minlength=len(self))
+        self._ends = np.cumsum(self.objects_per_image)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        """Image and target (see the module's docstring) after `transforms`."""
+        image, target = self.image(index), self.target(index)
+        return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def image(self, index: int) -> tv_tensors.Image:
+        """The picture, (3, H, W) uint8; UserError if it is broken, or not of the size that the JSON gives."""
+        path = os.path.join(self.image_dir, self.file_names[index])
+        image, (height, width) = read_image(path), self.sizes_hw[index].tolist()
+        if image.shape[1:] != (height, width):
+            what = f"is {image.shape[2]} x {image.shape[1]} pixels, but {width} x {height} in {self.json_file}"
+            raise UserError(f"{path}: {what}; correct the JSON (sizes and boxes count after EXIF orientation)")
+        return image
+
+    def target(self, index: int) -> Target:
+        """The target before transforms, without decoding the picture."""
+        size_hw = tuple(self.sizes_hw[index].tolist())
+        rows = slice(self._ends[index] - self.objects_per_image[index], self._ends[index])
+        boxes = tv_tensors.BoundingBoxes(torch.tensor(self._boxes[rows]), format="XYXY", canvas_size=size_hw)
+        labels = torch.tensor(self._labels[rows])
+        return {"boxes": boxes, "labels": labels, "image_id": int(self.image_ids[index]), "size_hw": size_hw}
+
+    def coco(self) -> COCO:
+        """The file itself for pycocotools, crowds and left-out boxes included; absent info, area, iscrowd are added."""
+        coco = COCO()
+        coco.dataset = {"info": {}, **_read_json(self.json_file)}
+        # COCOeval takes a match with annotation 0 for no match at all.
+        renumber = any(annotation["id"] == 0 for annotation in coco.dataset["annotations"])
+        for number, annotation in enumerate(coco.dataset["annotations"], start=1):
+            annotation["id"] = number if renumber else annotation["id"]
+            annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
+            if annotation.get("area") is None:
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+
+class ShortestSize(v2.RandomShortestSize):
+    """Rounds sizes like detectron2; torchvision truncates, to 479 of 480 where the ratio is inexact, or even to 0."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        sides = F.get_size(flat_inputs[0])  # height, width
+        scale = self.min_size[int(torch.randint(len(self.min_size), ()))] / min(sides)
+        if self.max_size is not None:
+            scale = min(scale, self.max_size / max(sides))
+        return {"size": [max(1, int(side * scale + 0.5)) for side in sides]}
+
+
+def random_size_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """A window anywhere, its sides uniform in min(side, 384) ... min(side, 600): detectron2's "absolute_range"."""
+    full_h, full_w = image.shape[-2:]
+    height, width = (int(torch.randint(min(side, 384), min(side, 600) + 1, ())) for side in (full_h, full_w))
+    top, left = int(torch.randint(full_h - height + 1, ())), int(torch.randint(full_w - width + 1, ()))
+    window = top, left, height, width
+    return F.crop(image, *window), {**target, "boxes": F.crop(target["boxes"], *window)}  # boxes are clipped
+
+
+def drop_degenerate(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Removes boxes without area, and their labels; v2.SanitizeBoundingBoxes would remove all those below 1 pixel."""
+    boxes = target["boxes"]
+    kept = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(dim=1)
+    return image, {**target, "boxes": tv_tensors.wrap(boxes[kept], like=boxes), "labels": target["labels"][kept]}
+
+
+def train_transforms(config: Config) -> v2.Compose:
+    """Random crop of half of the images (config.crop), random size, flip of half of them (config.flip)."""
+    crop = v2.RandomApply([ShortestSize((400, 500, 600)), random_size_crop], p=0.5 * config.crop)
+    flip = v2.RandomHorizontalFlip(0.5 * config.flip)
+    return v2.Compose([crop, ShortestSize(config.min_sizes, config.max_size), flip, drop_degenerate])
+
+
+def eval_transforms(config: Config) -> v2.Compose:
+    """One size, nothing random."""
+    return v2.Compose([ShortestSize((config.test_size,), config.max_size)])
+
+
+def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Lists, for images differ in size; the model pads them."""
+    images, targets = zip(*batch, strict=True)
+    return list(images), list(targets)
+
+
+def make_dataset(
+    config: Config, split: str, class_names: Names = None, transforms: Transforms = None
+) -> CocoDataset | ShapesDataset | None:
+    """The config's own files, else Shapes, else COCO; None where own data has no "val" split to its "train".
+
+    `class_names`: see `CocoDataset`. `transforms`: by default those for training or for evaluation. UserError where a
+    flag or file is missing, or classes differ.
+    """
+    transforms = transforms or (train_transforms(config) if split == "train" else eval_transforms(config))
+    json_file, folder = getattr(config, f"{split}_json"), getattr(config, f"{split}_images")
+    if (json_file is None) != (folder is None):
+        raise UserError(
+            f"--{split}-{'json' if json_file is None else 'images'} is missing; it and its twin go together"
+        )
+    if json_file is not None:
+        return CocoDataset(json_file, folder, transforms, class_names)
+    if split == "val" and config.train_json is not None:
+        return None
+    if config.data != "coco":
+        length = config.shapes_train if split == "train" else config.shapes_val
+        shapes = ShapesDataset(config.data.removeprefix("shapes-"), split, length, transforms)
+        _check_same_classes(config.data, shapes.class_names, class_names or shapes.class_names)
+        return shapes
+    files = COCO_FOLDER / f"annotations/instances_{split}2017.json", COCO_FOLDER / f"{split}2017"
+    if missing := [str(path) for path in files if not path.exists()]:
+        how = "unpack train2017.zip, val2017.zip, annotations_trainval2017.zip from https://cocodataset.org/#download"
+        other = "`make demo`, and your own data (--train-json FILE --train-images FOLDER), need no download"
+        raise UserError(f"{' and '.join(missing)}: not found; {how} in {COCO_FOLDER}; {other}")
+    return CocoDataset(*files, transforms, class_names)
+
+
+def make_loader(
+    dataset: Dataset, batch_size: int, shuffle: bool, workers: int, seed: int, drop_last: bool
+) -> DataLoader:
+    """Batches of `collate`d images and targets, in an order that depends on `seed` and the epoch alone.
+
+    Reseed `loader.sampler.generator` to go on from a later epoch. The transforms draw from PyTorch's global generator:
+    `seed` sets each worker's as it starts; without workers the caller seeds it. Pinned memory makes "size_hw" a list.
+    UserError where only whole batches are wanted and there is none.
+    """
+    if drop_last and len(dataset) < batch_size:
+        raise UserError(f"{len(dataset)} images are less than a batch of {batch_size}; give a smaller --batch-size")
+    # Two generators: the DataLoader draws from its own as often as it starts workers, which must not change the order.
+    order, worker_seeds = (torch.Generator().manual_seed(seed) for _ in range(2))
+    sampler = RandomSampler(dataset, generator=order) if shuffle else SequentialSampler(dataset)
+    processes = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+    batches = {"batch_size": batch_size, "drop_last": drop_last, "collate_fn": collate}
+    return DataLoader(dataset, sampler=sampler, generator=worker_seeds, **batches, **processes)
+
+
+def check_data(dataset: CocoDataset | ShapesDataset) -> None:
+    """Decodes every picture; the UserError says how many cannot be used, and why for the first ten."""
+    if isinstance(dataset, ShapesDataset):
+        return
+    errors = []
+    for index in tqdm(range(len(dataset)), desc="check data", unit="image", leave=False):
+        try:
+            dataset.image(index)
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError(f"{len(errors)} of {len(dataset)} images cannot be used: {' | '.join(errors[:10])}")

@@ -1,0 +1,105 @@
+"""Checkpoints: what is written can be read, and what is not ours is refused with reasons."""
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+from checkpoint import load_checkpoint, load_model, load_strictly, read_checkpoint, save_checkpoint
+from config import UserError
+from model import build_model
+
+
+def saved(path: Path, **changes) -> Path:
+    contents = {
+        "model": build_model(TINY).state_dict(),
+        "config": TINY.to_dict(),
+        "class_names": ["a", "b", "c"],
+        "category_ids": [3, 1, 2],
+    }
+    save_checkpoint(path, {**contents, **changes})
+    return path
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = build_model(TINY)
+    path = saved(tmp_path / "last.pt", model=model.state_dict())
+    loaded, rest = load_model(path)
+    assert rest["config"] == TINY and rest["class_names"] == ["a", "b", "c"] and rest["category_ids"] == [3, 1, 2]
+    assert not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "last.pt")
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match=r"last\.pt.*No space left.*intact"):
+        saved(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_unreadable_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    good = saved(tmp_path / "good.pt")
+    cases = {
+        "missing.pt": (None, "no such checkpoint"),
+        "empty.pt": (b"", "cannot be read"),
+        "text.pt": (b"hello, this is no checkpoint", "not a checkpoint|cannot be read"),
+        "cut.pt": (good.read_bytes()[:5000], "cannot be read"),
+    }
+    for name, (contents, words) in cases.items():
+        if contents is not None:
+            (tmp_path / name).write_bytes(contents)
+        with pytest.raises(UserError, match=f"{name}.*({words})"):
+            load_checkpoint(tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="list.pt.*list"):
+        load_checkpoint(tmp_path / "list.pt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match=r"foreign.pt.*lacks model, config.*tools\.convert"):
+        load_checkpoint(tmp_path / "foreign.pt")
+
+
+def test_a_malicious_pickle_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "was_run"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    for name, write in {"zip.pt": torch.save, "raw.pt": lambda o, p: Path(p).write_bytes(pickle.dumps(o))}.items():
+        write({"model": Malicious()}, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}.*tensors and plain values"):
+            read_checkpoint(tmp_path / name)
+    assert not marker.exists()
+
+
+def test_what_does_not_fit_is_listed_by_key_and_shape(tmp_path: Path) -> None:
+    state_dict = build_model(TINY).state_dict()
+    model = build_model(replace(TINY, num_classes=5))
+    with pytest.raises(UserError) as error:
+        load_strictly(model, state_dict, "a.pt")
+    assert "a.pt" in str(error.value) and "head.stages.0.cls_logits.weight [3, 16] in the file, [5, 16]" in str(
+        error.value
+    )
+    del state_dict["proposal_boxes"]
+    state_dict["extra"] = torch.zeros(1)
+    with pytest.raises(UserError, match="missing: proposal_boxes; left over: extra"):
+        load_strictly(build_model(TINY), state_dict, "a.pt")
+
+
+def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "old.pt", config={**TINY.to_dict(), "colour": "red"})
+    with pytest.raises(UserError, match="colour"):
+        load_model(path)

@@ -1,0 +1,136 @@
+"""The recipe's numbers, and what the command line accepts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config import PRESETS, Config, UserError, parse_args, pick_device, preset_from, run_main
+from train import TrainArgs, learning_rate_factor
+
+
+def test_presets_are_the_papers() -> None:
+    assert set(PRESETS) == {"r50-100", "r50-300", "r101-100", "r101-300", "shapes"}
+    assert PRESETS["r50-100"] == Config()
+    for name, config in PRESETS.items():
+        assert config.preset == name
+        if name != "shapes":
+            depth, proposals = name[1:].split("-")
+            assert config.backbone == f"resnet{depth}" and config.num_proposals == int(proposals)
+            assert config.crop == (proposals == "300")
+    c = Config()
+    assert (c.hidden_dim, c.dynamic_dim, c.num_stages, c.num_heads, c.ffn_dim, c.roi_size) == (256, 64, 6, 8, 2048, 7)
+    assert (c.class_weight, c.l1_weight, c.giou_weight, c.focal_alpha, c.focal_gamma) == (2, 5, 2, 0.25, 2)
+    assert (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip_norm) == (36, 16, 2.5e-5, 1e-4, 1.0)
+    assert c.min_sizes == tuple(range(480, 801, 32)) and (c.max_size, c.test_size) == (1333, 800)
+
+
+def test_the_step_schedule_of_the_paper() -> None:
+    config, total = Config(), 36 * 7392  # 118,287 images in batches of 16
+    factors = {step: learning_rate_factor(step, total, config) for step in (0, 500, 1000, 27 * 7392 - 1, 27 * 7392)}
+    assert factors[0] == 0.01 and factors[500] == pytest.approx(0.505) and factors[1000] == 1.0
+    assert factors[27 * 7392 - 1] == 1.0 and factors[27 * 7392] == pytest.approx(0.1)
+    assert learning_rate_factor(33 * 7392 - 1, total, config) == pytest.approx(0.1)
+    assert learning_rate_factor(33 * 7392, total, config) == pytest.approx(0.01)
+
+
+def test_milestones_scale_with_the_epochs_and_warm_up_is_at_most_a_tenth() -> None:
+    config = replace(Config(), epochs=12)
+    assert learning_rate_factor(9 * 100 - 1, 1200, config) == 1.0
+    assert learning_rate_factor(9 * 100, 1200, config) == pytest.approx(0.1)
+    assert learning_rate_factor(60, 1200, config) == pytest.approx(0.505)  # 120 steps, not 1,000
+    assert learning_rate_factor(0, 5, config) == 1.0  # no warm-up fits
+
+
+def test_the_cosine_schedule_ends_at_zero() -> None:
+    config = PRESETS["shapes"]
+    assert learning_rate_factor(1000, 2000, config) == pytest.approx(0.5, abs=1e-3)
+    assert learning_rate_factor(1999, 2000, config) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_rate_is_linear_in_the_batch_size_unless_given() -> None:
+    assert replace(Config(), batch_size=4).learning_rate == pytest.approx(2.5e-5 / 4)
+    assert replace(Config(), batch_size=4, lr=1e-3).learning_rate == 1e-3
+
+
+def test_dict_round_trip_also_through_json_lists() -> None:
+    values = PRESETS["r50-300"].to_dict()
+    values["min_sizes"] = list(values["min_sizes"])
+    assert Config.from_dict(values) == PRESETS["r50-300"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"colour": 3}, ["colour", "unknown"]),
+        ({"num_stages": "six"}, ["num_stages", "six"]),
+        ({"num_stages": 2.5}, ["num_stages"]),
+        ({"num_stages": True}, ["num_stages"]),
+        ({"backbone": "vgg"}, ["backbone", "vgg"]),
+        ({"num_proposals": 0}, ["num_proposals"]),
+        ({"hidden_dim": 100}, ["hidden_dim", "num_heads"]),
+        ({"micro_batch": 17}, ["micro_batch", "16"]),
+        ({"min_sizes": []}, ["min_sizes"]),
+        ({"lr": -1.0}, ["lr"]),
+        ({"lr": float("nan")}, ["lr"]),
+        ({"prior_prob": 1.0}, ["prior_prob"]),
+        ({"workers": -1}, ["workers"]),
+    ],
+)
+def test_unknown_keys_wrong_types_and_senseless_values_are_errors(values: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        Config.from_dict(values)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_flags_override_the_presets_values() -> None:
+    argv = ["--preset", "shapes", "--epochs", "3", "--train-json", "a.json", "--no-flip", "--min-sizes", "64", "80"]
+    config = parse_args(argv, TrainArgs, "train.py", "", config=preset_from(argv)).config
+    expected = replace(PRESETS["shapes"], epochs=3, train_json="a.json", flip=False, min_sizes=(64, 80))
+    assert config == expected
+
+
+def test_help_shows_the_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"], TrainArgs, "train.py", "", config=Config())
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert stop.value.code == 0
+    assert "N learned proposals" in text and "--num-proposals" in text and "Pixels: the shortest side" in text
+
+
+@pytest.mark.parametrize("argv", [["--colour", "3"], ["--epochs", "many"], ["--epochs", "0"], ["--backbone", "vgg"]])
+def test_a_wrong_flag_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv, TrainArgs, "train.py", "", config=Config())
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and argv[0].strip("-") in captured.out + captured.err
+
+
+def test_a_wrong_preset_is_named_with_the_right_ones() -> None:
+    with pytest.raises(UserError, match="r18-100.*r50-100.*shapes"):
+        preset_from(["--preset", "r18-100"])
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    assert pick_device("cpu") == torch.device("cpu") and pick_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("cuda:99", "toaster"):
+        with pytest.raises(UserError, match=name):
+            pick_device(name)
+
+
+def test_run_main_gives_the_contracts_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise UserError("that file is broken")
+
+    def bug() -> None:
+        raise KeyError("ours to mend")
+
+    assert run_main(lambda: None, "x") == 0 and run_main(lambda: 1, "x") == 1
+    assert run_main(refuse, "x.py") == 2 and capsys.readouterr().err == "x.py: that file is broken\n"
+    with pytest.raises(KeyError):
+        run_main(bug, "x.py")
+
+
+def test_a_workers_trace_is_cut_off_the_message() -> None:
+    wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback …\n  raise UserError(…)\nconfig.UserError: a.jpg: broken"
+    assert str(UserError(wrapped)) == "a.jpg: broken"

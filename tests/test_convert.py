@@ -1,0 +1,85 @@
+"""tools/convert.py: shapes tell the config, leftovers are named, the command line writes a file that is used."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_reference import weights
+
+from checkpoint import load_model
+from config import PRESETS, Config, UserError
+from tools.convert import COCO_CLASSES, config_from, convert_checkpoint, main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def authors() -> dict[str, torch.Tensor]:
+    return weights("r50_100")
+
+
+@pytest.fixture(scope="module")
+def mmdet() -> dict[str, torch.Tensor]:
+    return weights("mmdet_r50_100")
+
+
+def test_both_vocabularies_give_the_same_names_and_the_papers_config(authors, mmdet) -> None:
+    ours = convert_checkpoint(authors)
+    assert set(ours) == set(convert_checkpoint({"meta": {}, "state_dict": mmdet}))
+    assert config_from(ours) == Config()
+    assert set(convert_checkpoint({"model": {f"module.{k}": v for k, v in authors.items()}})) == set(ours)
+
+
+def test_depth_proposals_classes_and_stages_are_read_off_the_shapes(authors) -> None:
+    deep = {}
+    for key, value in authors.items():
+        if key.startswith(("head.head_series.4", "head.head_series.5")):
+            continue
+        if "init_proposal" in key:
+            value = value.repeat(3, 1)
+        if "class_logits" in key:
+            value = value[:20]
+        deep[key] = value
+    for block in range(6, 23):  # R101's third layer has 23 blocks
+        deep |= {k.replace("res4.5.", f"res4.{block}."): v for k, v in authors.items() if "res4.5." in k}
+    config = config_from(convert_checkpoint(deep))
+    assert (config.preset, config.backbone, config.num_proposals) == ("r101-300", "resnet101", 300)
+    assert (config.num_stages, config.num_classes) == (4, 20)
+
+
+def test_missing_and_unknown_tensors_are_listed(authors) -> None:
+    without = {k: v for k, v in authors.items() if k != "head.head_series.3.norm2.bias"}
+    with pytest.raises(UserError, match=r"1 tensors are missing.*head\.stages\.3\.interaction_norm\.bias"):
+        convert_checkpoint(without)
+    with pytest.raises(UserError, match="1 names are neither.*rpn.conv.weight"):
+        convert_checkpoint({**authors, "rpn.conv.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"another shape.*proposal_boxes \[100, 5\], not \[100, 4\]"):
+        convert_checkpoint({**authors, "init_proposal_boxes.weight": torch.zeros(100, 5)})
+    with pytest.raises(UserError, match="no Sparse R-CNN"):
+        convert_checkpoint({})
+
+
+def test_coco_has_80_classes() -> None:
+    assert len(set(COCO_CLASSES.values())) == 80 and list(COCO_CLASSES) == sorted(COCO_CLASSES)
+    assert COCO_CLASSES[1] == "person" and COCO_CLASSES[90] == "toothbrush" and 12 not in COCO_CLASSES
+
+
+def test_the_command_line_writes_a_checkpoint(authors, tmp_path: Path) -> None:
+    torch.save({"model": authors, "iteration": 269_999}, tmp_path / "in.pth")
+    command = [sys.executable, "-m", "tools.convert", str(tmp_path / "in.pth"), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resnet50, 100 proposals, 6 stages, 80 classes (COCO)" in done.stdout
+    model, rest = load_model(tmp_path / "out.pt")
+    assert rest["config"] == PRESETS["r50-100"]
+    assert rest["class_names"] == list(COCO_CLASSES.values()) and rest["category_ids"] == list(COCO_CLASSES)
+    assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
+
+
+def test_an_unreadable_file_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "in.pth").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"in\.pth"):
+        main([str(tmp_path / "in.pth"), str(tmp_path / "out.pt")])
+    assert not (tmp_path / "out.pt").exists()

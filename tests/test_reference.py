@@ -1,0 +1,162 @@
+"""The paper's model, exactly: the authors' code and MMDetection on the same weights and images (tests/reference/)."""
+
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from config import Config
+from model import SparseRCNN, build_model
+from tools.convert import convert_checkpoint, rename
+
+FOLDER = Path(__file__).parent / "reference"
+CASES = {"r50_100": "official", "r50_100_batch": "official", "mmdet_r50_100": "mmdet"}
+
+
+def draw(key: str, shape: list[int], seed: int) -> torch.Tensor:
+    """The rule that weights are drawn by; see reference/README.md."""
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    if key.endswith("running_var"):
+        values = rng.uniform(0.8, 1.2, shape)
+    elif key.endswith("running_mean"):
+        values = rng.normal(0, 0.1, shape)
+    elif key.endswith(("init_proposal_boxes.weight", "init_proposal_bboxes.weight")):
+        centres = rng.uniform(0.3, 0.7, (shape[0], 2))
+        values = np.concatenate([centres, rng.uniform(0.2, 0.9, (shape[0], 2))], axis=1)
+    elif key.endswith("init_proposal_features.weight"):
+        values = rng.normal(0, 1, shape)
+    elif key.endswith(("bboxes_delta.weight", "fc_reg.weight")):
+        values = rng.normal(0, 0.02, shape)
+    elif key.endswith(("class_logits.bias", "fc_cls.bias")):
+        values = rng.normal(-4.6, 0.05, shape)
+    elif len(shape) == 1 and key.endswith("weight"):
+        values = rng.uniform(0.8, 1.2, shape)
+    elif len(shape) == 1:
+        values = rng.normal(0, 0.05, shape)
+    else:
+        values = rng.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def weights(case: str) -> dict[str, torch.Tensor]:
+    keys = json.loads((FOLDER / f"{CASES[case]}_r50_100.keys.json").read_text())
+    seed = json.loads((FOLDER / f"{case}.json").read_text())["seed"]
+    return {key: draw(key, shape, seed) for key, shape in keys.items()}
+
+
+@cache
+def run(case: str) -> SimpleNamespace:
+    """One forward pass of a case, and where it stores losses, one backward pass."""
+    expected, recorded = json.loads((FOLDER / f"{case}.json").read_text()), dict(np.load(FOLDER / f"{case}.npz"))
+    model = build_model(Config(), pretrained_backbone=False)
+    model.load_state_dict(convert_checkpoint(weights(case)))
+    images = [
+        torch.from_numpy(np.random.default_rng([expected["seed"], h, w]).integers(0, 256, (3, h, w)).astype(np.uint8))
+        for h, w in expected["sizes"]
+    ]
+    model.eval()
+    with torch.no_grad():
+        pyramid = model.backbone(model.prepare(images)[0])
+        outputs, detections = model.stages(images), model(images)
+    losses = {}
+    if "losses" in expected:
+        targets = [
+            {
+                "boxes": torch.from_numpy(recorded[f"gt{i}_boxes"]),
+                "labels": torch.from_numpy(recorded[f"gt{i}_labels"]).long(),
+            }
+            for i in range(len(images))
+        ]
+        losses = model.train()(images, targets)
+        sum(losses.values()).backward()
+    return SimpleNamespace(
+        expected=expected,
+        recorded=recorded,
+        model=model,
+        pyramid=pyramid,
+        outputs=outputs,
+        detections=detections,
+        losses=losses,
+    )
+
+
+AUTHORS = pytest.mark.parametrize("case", ["r50_100", "r50_100_batch"])
+
+
+def test_the_rule_draws_the_reference_weights() -> None:
+    drawn = draw("backbone.fpn_lateral2.bias", [256], seed=7)[:3]
+    assert drawn.tolist() == pytest.approx([-0.090669, 0.000288, -0.061126], abs=1e-6)
+
+
+@AUTHORS
+def test_every_stage_equals_the_authors(case: str) -> None:
+    result = run(case)
+    assert np.abs(result.outputs.logits.numpy() - result.recorded["logits"]).max() < 1e-4
+    assert np.abs(result.outputs.boxes.numpy() - result.recorded["boxes"]).max() < 0.02
+
+
+@AUTHORS
+def test_pyramid_statistics_equal_the_authors(case: str) -> None:
+    result = run(case)
+    for level, features in enumerate(result.pyramid, start=2):
+        assert np.abs(features.mean((2, 3)).numpy() - result.recorded[f"mean_p{level}"]).max() < 1e-4
+        assert np.abs(features.std((2, 3)).numpy() - result.recorded[f"std_p{level}"]).max() < 1e-4
+
+
+@AUTHORS
+def test_detections_equal_the_authors(case: str) -> None:
+    result = run(case)
+    for i, found in enumerate(result.detections):
+        assert (found["labels"].numpy() == result.recorded[f"det{i}_labels"]).all()
+        assert np.abs(found["scores"].numpy() - result.recorded[f"det{i}_scores"]).max() < 1e-4
+        assert np.abs(found["boxes"].numpy() - result.recorded[f"det{i}_boxes"]).max() < 0.02
+
+
+@AUTHORS
+def test_all_18_losses_equal_the_authors(case: str) -> None:
+    result, ours = run(case), {"ce": "cls", "bbox": "l1", "giou": "giou"}
+    assert len(result.losses) == len(result.expected["losses"]) == 18
+    for name, value in result.expected["losses"].items():
+        _, kind, *stage = name.split("_")
+        assert result.losses[f"loss_{ours[kind]}_{stage[0] if stage else 5}"].item() == pytest.approx(value, rel=1e-4)
+
+
+@AUTHORS
+def test_gradients_and_frozen_parameters_equal_the_authors(case: str) -> None:
+    result, parameters = run(case), dict(run(case).model.named_parameters())
+    norms = {rename(key): norm for key, norm in result.expected["grad_norms"].items()}
+    assert {rename(key) for key in result.expected["no_grad"]} == set(parameters) - set(norms)
+    for name, parameter in parameters.items():
+        assert parameter.requires_grad == (name in norms), name
+        if name in norms:
+            # An FPN level without RoIs has a gradient of exactly 0, not none.
+            assert parameter.grad.double().norm().item() == pytest.approx(norms[name], rel=1e-3, abs=1e-6), name
+
+
+def test_detections_equal_mmdetection() -> None:
+    result = run("mmdet_r50_100")
+    logits, boxes = result.outputs.logits[-1, 0], result.outputs.boxes[-1, 0]
+    scores, best = logits.sigmoid().flatten().topk(100)
+    # Not through model(images): MMDetection's boxes were stored without clipping.
+    assert (result.detections[0]["labels"].numpy() == result.recorded["det0_labels"]).all()
+    assert (best % 80).tolist() == result.recorded["det0_labels"].tolist()
+    assert np.abs(scores.numpy() - result.recorded["det0_scores"]).max() < 1e-4
+    assert np.abs(boxes[best // 80].numpy() - result.recorded["det0_boxes"]).max() < 0.02
+
+
+def test_images_of_equal_padded_size_are_the_same_alone_and_together() -> None:
+    model: SparseRCNN = run("r50_100").model
+    images = [torch.randint(256, (3, *hw), dtype=torch.uint8) for hw in ((90, 120), (96, 128), (70, 100))]
+    with torch.no_grad():
+        together = model.stages(images)
+        for i, image in enumerate(images):
+            alone = model.stages([image])
+            assert (together.logits[:, i] - alone.logits[:, 0]).abs().max() < 1e-4
+            assert (together.boxes[:, i] - alone.boxes[:, 0]).abs().max() < 0.02

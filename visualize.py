@@ -1,0 +1,179 @@
+"""Everything that is drawn: detections, the proposals of every stage, training curves.
+
+One colour for one class and one proposal everywhere, from a palette that can be told apart with colour-blind eyes and,
+with the names beside the boxes, in print.
+
+Shapes: N proposals, S stages, n detections of one image; images are RGB (3, H, W), boxes xyxy in their pixels.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from checkpoint import load_model
+from config import parse_args, run_main
+from data import make_dataset
+from model import SparseRCNN
+
+matplotlib.use("Agg")
+
+# Okabe and Ito's colours, the lighter ones first: they stand out on photographs.
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#FFFFFF")
+
+
+def colour(index: int) -> str:
+    """The colour of a class (its label) or of a proposal (its index)."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
+    """An RGB image (3, H, W), uint8 or float 0–1, without ticks."""
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+
+
+def draw_boxes(
+    axes: Axes, boxes: Tensor, colours: Sequence[str], texts: Sequence[str] | None = None, linewidth: float = 1.8
+) -> None:
+    """Boxes (n, 4) xyxy px over a shown image, each in its colour, its text, if any, at its upper left corner."""
+    outline = [withStroke(linewidth=linewidth + 1.2, foreground="black")]
+    x_limits, y_limits = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+    for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=linewidth)
+        patch.set_path_effects(outline)
+        axes.add_patch(patch)
+        if texts:
+            axes.text(
+                min(max(x1, x_limits[0]), x_limits[1]),
+                min(max(y1, y_limits[0]), y_limits[1]),
+                texts[i],
+                fontsize=6.5,
+                color="black",
+                va="bottom" if y1 > y_limits[0] + 0.08 * (y_limits[1] - y_limits[0]) else "top",
+                bbox={"facecolor": colours[i], "edgecolor": "none", "pad": 1.0, "alpha": 0.9},
+                clip_on=True,
+            )
+
+
+def draw_detections(
+    axes: Axes,
+    image: Tensor,
+    detection: dict[str, Tensor],
+    class_names: Sequence[str],
+    threshold: float = 0.4,
+    title: str = "",
+) -> None:
+    """What the model found in an image: boxes, scores and labels of `SparseRCNN`, those of at least `threshold`."""
+    show_image(axes, image, title)
+    keep = detection["scores"] >= threshold
+    labels, scores = detection["labels"][keep].tolist(), detection["scores"][keep].tolist()
+    texts = [f"{class_names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    draw_boxes(axes, detection["boxes"][keep], [colour(label) for label in labels], texts)
+
+
+@torch.inference_mode()
+def draw_stages(
+    model: SparseRCNN, images: Sequence[Tensor], class_names: Sequence[str], threshold: float = 0.4
+) -> Figure:
+    """The slides' figure (a)–(d): the learned proposal boxes, then the boxes after every stage, a row an image.
+
+    A proposal has one colour in its whole row, that of the class it ends with where its last score reaches
+    `threshold`; all others are drawn thin and grey.
+    """
+    rows, columns = len(images), len(model.head.stages) + 1
+    figure = Figure(figsize=(2.1 * columns, 2.25 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row, image in zip(grid, images, strict=True):
+        outputs = model.stages([image])
+        _, whwh_px = model.prepare([image])
+        scores, labels = outputs.logits[-1, 0].sigmoid().max(-1)  # (N,) each
+        found = scores >= threshold
+        panels = [model.initial_boxes_px(whwh_px)[0], *outputs.boxes[:, 0]]
+        titles = ["learned proposals", *(f"stage {s + 1}" for s in range(columns - 1))]
+        for axes, boxes, title in zip(row, panels, titles, strict=True):
+            show_image(axes, image, title if row is grid[0] else "")
+            draw_boxes(axes, boxes[~found], ["#BBBBBB"] * int((~found).sum()), linewidth=0.5)
+            is_last = axes is row[-1]
+            texts = [f"{class_names[label]} {s:.2f}" for label, s in zip(labels[found], scores[found], strict=True)]
+            colours = [colour(label) for label in labels[found].tolist()]
+            draw_boxes(axes, boxes[found], colours, texts if is_last else None)
+            axes.set_xlim(-0.5, image.shape[2] - 0.5)
+            axes.set_ylim(image.shape[1] - 0.5, -0.5)
+    return figure
+
+
+def plot_curves(metrics_jsonl: Path, output: Path) -> None:
+    """A training run's `metrics.jsonl` as a picture: losses, AP, and learning rate over the epochs."""
+    lines = [json.loads(line) for line in Path(metrics_jsonl).read_text().splitlines()]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    loss_axes, ap_axes, rate_axes = figure.subplots(1, 3)
+
+    def plot(axes: Axes, keys: dict[str, str]) -> None:
+        for index, (key, label) in enumerate(keys.items()):
+            points = [(line["epoch"], line[key]) for line in lines if line.get(key, -1) >= 0]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    marker="o",
+                    markersize=3,
+                    label=label,
+                    color=colour(5 + index % 2 if len(keys) < 3 else (5, 6, 2, 4)[index]),
+                )
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+
+    plot(loss_axes, {"loss": "sum", "loss_cls": "class (focal)", "loss_l1": "L1", "loss_giou": "GIoU"})
+    loss_axes.set(title="training loss, summed over stages", ylabel="loss", ylim=(0, None))
+    loss_axes.legend()
+    plot(ap_axes, {"AP": "AP", "AP50": "AP50", "AP75": "AP75"})
+    ap_axes.set(title="validation", ylabel="AP (fraction of 1)", ylim=(0, 1))
+    if ap_axes.lines:
+        ap_axes.legend(loc="lower right")
+    plot(rate_axes, {"lr": "learning rate"})
+    rate_axes.set(title="learning rate at the end of the epoch", ylabel="learning rate", ylim=(0, None))
+    figure.savefig(output, dpi=110)
+
+
+@dataclass(frozen=True)
+class PictureArgs:
+    weights: Path  # checkpoint
+    output: Path = Path("runs/pictures")  # folder for detections.png and stages.png
+    images: int = 8  # pictures of the validation data to draw
+    score_threshold: float = 0.4  # detections below it are not drawn
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python visualize.py --weights FILE`: detections, and the proposals of every stage, on validation pictures."""
+    args = parse_args(
+        argv, PictureArgs, "visualize.py", "Pictures of a checkpoint's detections on its validation data."
+    )
+    model, checkpoint = load_model(args.weights)
+    dataset = make_dataset(checkpoint["config"], "val", class_names=checkpoint["class_names"])
+    args.output.mkdir(parents=True, exist_ok=True)
+    images = [dataset[i][0] for i in range(min(args.images, len(dataset)))]
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
+    with torch.inference_mode():
+        for axes, image in zip(figure.subplots(rows, columns, squeeze=False).flat, images, strict=False):
+            draw_detections(axes, image, model([image])[0], checkpoint["class_names"], args.score_threshold)
+    figure.savefig(args.output / "detections.png", dpi=120)
+    draw_stages(model, images[:4], checkpoint["class_names"], args.score_threshold).savefig(
+        args.output / "stages.png", dpi=120
+    )
+    print(f"pictures: {args.output / 'detections.png'}, {args.output / 'stages.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, "visualize.py"))
