@@ -24,7 +24,7 @@ demo: $(READY)
 	     "pictures in runs/demo: detections.png, stages.png, curves.png"
 
 test: $(READY)
-	$(RUN) -m pytest -m "not long"
+	$(RUN) -m pytest
 
 test-long: $(READY)
 	$(RUN) -m pytest -m long

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from config import Config, UserError
 from model import SparseRCNN, build_model
+from tools.convert import convert_checkpoint
 
 _KEYS = ("model", "config", "class_names", "category_ids")
 
@@ -113,6 +114,38 @@ def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str 
     if reasons:
         raise UserError(f"{path}: does not fit the model; {'; '.join(reasons)}")
     model.load_state_dict(state_dict)
+
+
+def load_what_fits(model: nn.Module, path: str | Path) -> list[str]:
+    """Starts a model from other weights, for fine-tuning: tensors of the same name and shape are taken over.
+
+    Args:
+        model: changed in place; the class layers start anew where the number of classes differs.
+        path: a checkpoint of ours, of the authors' code or of MMDetection.
+
+    Returns:
+        Lines that say what was taken over and what was not.
+
+    Raises:
+        UserError: as `read_checkpoint`, or nothing fits.
+    """
+    checkpoint = read_checkpoint(path)
+    is_ours = all(key in checkpoint for key in _KEYS)
+    theirs = checkpoint["model"] if is_ours else convert_checkpoint(checkpoint)
+    own = model.state_dict()
+    fitting = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
+    if not fitting:
+        raise UserError(f"{path}: not one of its {len(theirs)} tensors fits the model; is it of another --preset?")
+    model.load_state_dict(fitting, strict=False)
+    lines = [f"{path}: took over {len(fitting)} of the model's {len(own)} tensors"]
+    for title, keys in (
+        ("start anew (another shape)", [key for key in own if key in theirs and key not in fitting]),
+        ("start anew (not in the file)", [key for key in own if key not in theirs]),
+        ("left over in the file", [key for key in theirs if key not in own]),
+    ):
+        if keys:
+            lines.append(f"  {title}: {', '.join(keys)}")
+    return lines
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[SparseRCNN, dict[str, Any]]:

@@ -92,6 +92,8 @@ class Config:
     warmup_factor: float = 0.01  # share of the rate that the warm-up starts from (code)
     clip_norm: float = 1.0  # largest norm of the whole model's gradient (code)
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision; matching, losses and boxes stay in float32
+    max_bad_steps: int = 20  # the run ends after so many steps in a row whose loss or gradient is not finite
+    checkpoint_minutes: float = 10.0  # minutes between two writes of last.pt; it is written after every epoch as well
     flip: bool = True  # horizontal flips of half of the training images (code)
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     seed: int = 0  # of weights, data order and augmentation
@@ -109,7 +111,7 @@ class Config:
         at_least_one = (
             *("num_classes", "num_proposals", "num_stages", "hidden_dim", "dynamic_dim", "num_heads", "ffn_dim"),
             *("roi_size", "canonical_box_px", "epochs", "batch_size", "shapes_train", "shapes_val", "eval_every"),
-            *("max_size", "test_size"),
+            *("max_size", "test_size", "max_bad_steps"),
         )
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -125,8 +127,8 @@ class Config:
             raise UserError(f"config: hidden_dim={self.hidden_dim} is not a multiple of num_heads={self.num_heads}")
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise UserError(f"config: micro_batch={self.micro_batch} should lie in 1 … batch_size={self.batch_size}")
-        if self.workers < 0 or self.warmup_steps < 0:
-            raise UserError("config: workers and warmup_steps should not be negative")
+        if min(self.workers, self.warmup_steps, self.checkpoint_minutes) < 0:
+            raise UserError("config: workers, warmup_steps and checkpoint_minutes should not be negative")
 
     @property
     def learning_rate(self) -> float:
@@ -177,7 +179,7 @@ PRESETS: dict[str, Config] = {
         num_heads=4,
         ffn_dim=256,
         roi_size=5,
-        epochs=7,
+        epochs=6,
         lr_at_16=1e-3,
         schedule="cosine",
         warmup_steps=100,

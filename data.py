@@ -10,7 +10,6 @@ Shapes: M objects of an image, T objects of all images, K classes.
 Deviations (ours | paper | authors' code | why)
     torchvision's antialiased bilinear resize | not told | Pillow's | faster; seen to differ by at most 1 of 255 levels
     resize, then flip | not told | flip, then resize | independent draws: the same pictures are equally likely
-    batches of a plain shuffle | not told | wide and tall images in batches apart | simpler, but pads more
 """
 
 import contextlib
@@ -29,7 +28,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools.coco import COCO
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -317,23 +316,9 @@ def make_dataset(
     return CocoDataset(*files, transforms, class_names)
 
 
-def make_loader(
-    dataset: Dataset, batch_size: int, shuffle: bool, workers: int, seed: int, drop_last: bool
-) -> DataLoader:
-    """Batches of `collate`d images and targets, in an order that depends on `seed` and the epoch alone.
-
-    Reseed `loader.sampler.generator` to go on from a later epoch. The transforms draw from PyTorch's global generator:
-    `seed` sets each worker's as it starts; without workers the caller seeds it. Pinned memory makes "size_hw" a list.
-    UserError where only whole batches are wanted and there is none.
-    """
-    if drop_last and len(dataset) < batch_size:
-        raise UserError(f"{len(dataset)} images are less than a batch of {batch_size}; give a smaller --batch-size")
-    # Two generators: the DataLoader draws from its own as often as it starts workers, which must not change the order.
-    order, worker_seeds = (torch.Generator().manual_seed(seed) for _ in range(2))
-    sampler = RandomSampler(dataset, generator=order) if shuffle else SequentialSampler(dataset)
-    processes = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
-    batches = {"batch_size": batch_size, "drop_last": drop_last, "collate_fn": collate}
-    return DataLoader(dataset, sampler=sampler, generator=worker_seeds, **batches, **processes)
+def usable_workers(workers: int) -> int:
+    """At most one worker a processor that this process may run on: more slow one another down."""
+    return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def check_data(dataset: CocoDataset | ShapesDataset) -> None:

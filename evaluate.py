@@ -25,13 +25,15 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoint import load_model
-from config import UserError, parse_args, pick_device, run_main
-from data import collate, make_dataset
+from config import UserError, parse_args, run_main
+from data import make_dataset
+from distributed import World, make_loader, world
 
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP_BATCHES = 3  # not counted in the FPS: the first calls allocate memory and choose algorithms
 
 
@@ -48,13 +50,12 @@ def same_padding_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
 
 def _timed(model: nn.Module, batches: Iterator, device: torch.device, amp: str) -> Iterator[tuple]:
     """Yields (targets, detections, images' (h, w), seconds) batch by batch, the device being waited for."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for images, targets in batches:
         images = [image.to(device, non_blocking=True) for image in images]
         synchronize()
         start = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=amp != "off"):
+        with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
             detections = model(images)
         synchronize()
         yield targets, detections, [tuple(image.shape[-2:]) for image in images], time.perf_counter() - start
@@ -64,7 +65,7 @@ def _timed(model: nn.Module, batches: Iterator, device: torch.device, amp: str) 
 def detect(
     model: nn.Module,
     dataset: Dataset,
-    device: torch.device,
+    here: World,
     batch_size: int = 1,
     workers: int = 0,
     amp: str = "off",
@@ -75,7 +76,7 @@ def detect(
     Args:
         model: in torchvision's language; it is put into eval mode and left in the mode it was in.
         dataset: a `CocoDataset` or `ShapesDataset` with evaluation transforms.
-        device: where the model is.
+        here: the processes that share the images; the model is on `here.device`.
         batch_size: at most so many images at a time, all of one size.
         workers: processes that load images.
         amp: "off", "bf16" or "fp16".
@@ -83,15 +84,20 @@ def detect(
 
     Returns:
         Detections in COCO's results format (boxes xywh in pixels of the image file), and the speed: `fps`, `device`,
-        `dtype`, `resolution` (median, h×w px), `batch_size`.
+        `dtype`, `resolution` (median, h×w px), `batch_size`, `processes`. Every process takes every
+        `here.size`-th batch, so each image is seen exactly once; all processes get all detections.
     """
     was_training = model.training
     model.eval()
-    batches = same_padding_batches(dataset, batch_size)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+    batches = same_padding_batches(dataset, batch_size)[here.rank :: here.size]
+    loader = make_loader(dataset, batches, workers)
     results, rates, sizes = [], [], []
-    bar = tqdm(total=len(dataset), desc="evaluate", unit="image", disable=not progress, leave=False)
-    for targets, detections, shapes, seconds in _timed(model, iter(loader), device, amp):
+    total = sum(map(len, batches))
+    # None: no bar where standard error is no terminal
+    bar = tqdm(
+        total=total, desc="evaluate", unit="image", disable=None if progress and here.is_main else True, leave=False
+    )
+    for targets, detections, shapes, seconds in _timed(model, iter(loader), here.device, amp):
         bar.update(len(targets))
         rates.append(len(targets) / seconds)
         sizes += shapes
@@ -113,16 +119,20 @@ def detect(
             ]
     bar.close()
     model.train(was_training)
-    middle = sorted(sizes)[len(sizes) // 2]
+    results, rates, sizes = (
+        sum(parts, []) for parts in zip(*here.gather((results, rates[WARMUP_BATCHES:] or rates, sizes)), strict=True)
+    )
+    middle, device = sorted(sizes)[len(sizes) // 2], here.device
     speed = {
         # The median of the batches' rates: one hiccup of a shared machine does not move it.
-        "fps": statistics.median(rates[WARMUP_BATCHES:] or rates),
+        "fps": statistics.median(rates) * here.size,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type}, {torch.get_num_threads()} threads",
-        "dtype": {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[amp],
+        "dtype": str(AMP_DTYPES[amp]).removeprefix("torch."),
         "resolution": f"{middle[0]}×{middle[1]}",
         "batch_size": batch_size,
+        "processes": here.size,
     }
     return results, speed
 
@@ -172,16 +182,15 @@ def coco_metrics(ground_truth: COCO, detections: list[dict[str, Any]], max_dets:
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, device: torch.device, max_dets: int = 100, **options: Any
-) -> tuple[dict[str, Any], list]:
-    """`detect`, then `coco_metrics`: all figures in one dict, and the detections. `options` are those of `detect`."""
-    detections, speed = detect(model, dataset, device, **options)
-    return {
-        **coco_metrics(dataset.coco(), detections, max_dets),
-        "speed": speed,
-        "images": len(dataset),
-        "max_dets": max_dets,
-    }, detections
+    model: nn.Module, dataset: Dataset, here: World, max_dets: int = 100, **options: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`detect`, then `coco_metrics`: all figures in one dict, and the detections. `options` are those of `detect`.
+
+    All processes have to call this, and all get the same.
+    """
+    detections, speed = detect(model, dataset, here, **options)
+    figures = coco_metrics(dataset.coco(), detections, max_dets) if here.is_main else None
+    return {**here.gather(figures)[0], "speed": speed, "images": len(dataset), "max_dets": max_dets}, detections
 
 
 def format_table(metrics: dict[str, Any], per_class: bool = False) -> str:
@@ -225,21 +234,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv, EvaluateArgs, "evaluate.py", "COCO AP and frames per second of a checkpoint.")
     if args.amp not in ("off", "bf16", "fp16") or args.batch_size < 1 or args.max_dets < 1 or args.workers < 0:
         raise UserError("evaluate: --amp is off, bf16 or fp16; --batch-size and --max-dets are at least 1, --workers 0")
-    device = pick_device(args.device)
-    args.output.mkdir(parents=True, exist_ok=True)
-    model, checkpoint = load_model(args.weights, device)
-    overrides = {name: getattr(args, name) for name in ("val_json", "val_images", "test_size", "max_size")}
-    config = replace(checkpoint["config"], **{name: value for name, value in overrides.items() if value is not None})
-    dataset = make_dataset(config, "val", class_names=checkpoint["class_names"])
-    if dataset is None:
-        raise UserError("evaluate: the checkpoint names no validation data; give --val-json and --val-images")
-    metrics, detections = evaluate(
-        model, dataset, device, args.max_dets, batch_size=args.batch_size, workers=args.workers, amp=args.amp
-    )
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    (args.output / "detections.json").write_text(json.dumps(detections) + "\n")
-    print(format_table(metrics, args.per_class))
-    print(f"written: {args.output / 'metrics.json'}, {args.output / 'detections.json'}")
+    with world(args.device) as here:
+        args.output.mkdir(parents=True, exist_ok=True)
+        model, checkpoint = load_model(args.weights, here.device)
+        overrides = {name: getattr(args, name) for name in ("val_json", "val_images", "test_size", "max_size")}
+        config = replace(
+            checkpoint["config"], **{name: value for name, value in overrides.items() if value is not None}
+        )
+        dataset = make_dataset(config, "val", class_names=checkpoint["class_names"])
+        if dataset is None:
+            raise UserError("evaluate: the checkpoint names no validation data; give --val-json and --val-images")
+        metrics, detections = evaluate(
+            model, dataset, here, args.max_dets, batch_size=args.batch_size, workers=args.workers, amp=args.amp
+        )
+        if here.is_main:
+            (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+            (args.output / "detections.json").write_text(json.dumps(detections) + "\n")
+            print(format_table(metrics, args.per_class))
+            print(f"written: {args.output / 'metrics.json'}, {args.output / 'detections.json'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training: the paper's recipe, on COCO by default, on the Shapes pictures, or on any data set in COCO's format.
 
-    python train.py                                                    the paper's R50, 100 proposals, 36 epochs
-    python train.py --preset shapes                                    minutes on a laptop, nothing to download
+    torchrun --nproc_per_node=8 train.py              the paper's R50, 100 proposals, 36 epochs of COCO on 8 GPUs
+    python train.py --preset shapes                   minutes on two CPU cores, nothing to download
     python train.py --train-json A.json --train-images DIR --val-json B.json --val-images DIR        your own data
 
 In:  a `Config` (every field is a flag, see --help).
@@ -12,156 +12,224 @@ Deviations (ours | paper | authors' code | why)
         shuffling | readers count in epochs; 36 of them are 266,112 iterations
 """
 
-import json
+import contextlib
+import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from checkpoint import load_checkpoint, load_strictly, save_checkpoint
-from config import Config, UserError, parse_args, pick_device, preset_from, run_main
-from data import check_data, make_dataset, make_loader
-from evaluate import evaluate, format_table
-from model import SparseRCNN, build_model
-from visualize import plot_curves
-
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from checkpoint import load_checkpoint, load_strictly, load_what_fits, save_checkpoint
+from config import Config, UserError, parse_args, preset_from, run_main
+from data import check_data, make_dataset
+from distributed import Clock, GroupedBatches, StopSignal, World, make_loader, world
+from evaluate import AMP_DTYPES, evaluate, format_table
+from model import build_model
+from report import Report, print_summary, with_sums
 
 
-def learning_rate_factor(step: int, total_steps: int, config: Config) -> float:
-    """The share of the peak rate at a step: warm-up, then steps or half a cosine.
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """The rate of a step: warm-up, then stairs or half a cosine.
 
     Args:
-        step: optimiser steps taken, 0 … total_steps − 1.
+        step: steps taken before, 0 … total_steps − 1.
         total_steps: of the whole run.
-        config: `warmup_steps`, `warmup_factor`, `schedule`, `milestones`.
+        config: the peak rate, `warmup_steps`, `warmup_factor`, `schedule`, `milestones`.
     """
     warmup = min(config.warmup_steps, total_steps // 10)
     ramp = 1.0 if step >= warmup else config.warmup_factor + (1 - config.warmup_factor) * step / warmup
     if config.schedule == "cosine":
-        return ramp * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / total_steps)).item())
-    return ramp * 0.1 ** sum(step >= milestone * total_steps for milestone in config.milestones)
+        decay = 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    else:
+        decay = 0.1 ** sum(step >= milestone * total_steps for milestone in config.milestones)
+    return config.learning_rate * ramp * decay
 
 
-@dataclass
 class Trainer:
-    """What changes while training, and is in the checkpoint."""
+    """A model in training: the step of the recipe, and all that a checkpoint has to hold to go on.
 
-    model: SparseRCNN
-    optimizer: AdamW
-    schedule: LambdaLR
-    scaler: torch.amp.GradScaler
-    config: Config
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimiser steps taken
-    best: float = -1.0  # best AP so far, as a fraction
+    Args:
+        config: the recipe.
+        here: the processes that share the work; the model is on `here.device`.
+        steps_per_epoch: optimiser steps in an epoch.
+    """
 
-    def train_step(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """One step of the recipe on a batch; returns the losses, detached, and the gradient's norm before clipping.
+    def __init__(self, config: Config, here: World, steps_per_epoch: int):
+        torch.manual_seed(config.seed)
+        self.config, self.here, self.steps_per_epoch = config, here, steps_per_epoch
+        self.total_steps = config.epochs * steps_per_epoch
+        self.model = build_model(config).to(here.device)
+        self.optimizer = AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=config.amp == "fp16")
+        self.epoch = 0  # epochs finished, evaluation included
+        self.step = 0  # batches taken, those that were skipped included
+        self.best = -1.0  # best AP so far, as a fraction
+        self.sums: dict[str, float] = {}  # of what is averaged over the epoch
+        self.bad_in_a_row = 0
+        self.stop, self.stopping, self.save_due = StopSignal(), 0.0, 0.0
+        self.clock = Clock(config.checkpoint_minutes)
+        # The module that runs: under torchrun its backward pass averages the gradients over the processes.
+        on_gpu = [here.device] if here.device.type == "cuda" else None
+        self.parallel = DistributedDataParallel(self.model, device_ids=on_gpu) if here.size > 1 else self.model
 
-        The batch goes through in parts of `micro_batch` images whose gradients add up. All parts are divided by the
-        object count of the whole batch, which makes them equal to the batch in one piece.
+    def train_step(self, images: list[Tensor], targets: list[dict[str, Any]], num_objects: float) -> dict[str, float]:
+        """One step of the recipe; returns every loss, their sums, and the gradient's norm before clipping.
+
+        This process's images go through in parts of `micro_batch`, whose gradients add up. Every loss is divided by
+        `num_objects`, the object count of the whole effective batch over all processes and parts: that makes the
+        gradient the same however the batch is divided.
         """
-        device, dtype = self.model.mean.device, AMP_DTYPES[self.config.amp]
-        size = self.config.micro_batch or len(images)
-        num_objects = sum(len(target["labels"]) for target in targets)
+        size, dtype = self.config.micro_batch or len(images), AMP_DTYPES[self.config.amp]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, self.config)
+        self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for first in range(0, len(images), size):
-            part = slice(first, first + size)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = self.model(images[part], targets[part], num_objects)
-            self.scaler.scale(sum(losses.values())).backward()
+            part, problem = slice(first, first + size), None
+            is_last = first + size >= len(images)
+            with contextlib.nullcontext() if is_last or self.here.size == 1 else self.parallel.no_sync():
+                try:
+                    with torch.autocast(self.here.device.type, dtype, enabled=dtype != torch.float32):
+                        losses = self.parallel(images[part], targets[part], num_objects)
+                except FloatingPointError as error:  # from the matcher
+                    problem = str(error)
+                # All processes skip together: one that went on alone would wait for the others forever.
+                if self.here.sum(problem is not None)[0]:
+                    return self._skip(problem, targets)
+                # DistributedDataParallel averages over processes; what the divisor asks for is their sum.
+                self.scaler.scale(sum(losses.values()) * self.here.size).backward()
             totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
         self.scaler.unscale_(self.optimizer)
-        totals["grad_norm"] = clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
-        self.step += 1
-        return totals
+        norm = clip_grad_norm_(self.model.parameters(), self.config.clip_norm).item()
+        summed = self.here.sum(*torch.stack(list(totals.values())).tolist())
+        finite = math.isfinite(norm + sum(summed))
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()  # also after an overflow of fp16: it lowers the scale
+        if not finite:  # in all processes alike: both figures are sums over them
+            return self._skip("the loss or its gradient is not finite", targets)
+        self.bad_in_a_row = 0
+        return {**with_sums(dict(zip(totals, summed, strict=True))), "grad_norm": norm}
 
-    def train_epoch(self, loader: DataLoader, progress: bool = True) -> dict[str, float]:
-        """One pass over the data; returns the means of the losses, and images_per_second."""
+    def _skip(self, problem: str | None, targets: list[dict[str, Any]]) -> dict[str, float]:
+        """Leaves a step out, and ends the run after too many of them in a row.
+
+        Raises:
+            UserError: `max_bad_steps` in a row; names the images and what to try.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= self.config.max_bad_steps:
+            reports = self.here.gather((problem, [target["image_id"] for target in targets]))
+            bad = [f"{why} (image ids {ids})" for why, ids in reports if why]
+            raise UserError(
+                f"{self.bad_in_a_row} steps in a row were not finite: {'; '.join(bad)}. The last checkpoint is from "
+                f"before. Try a lower --lr (it was {self.optimizer.param_groups[0]['lr']:.2g} for batches of "
+                f"{self.config.batch_size}), --amp off or bf16 instead of fp16, and --check-data for the boxes"
+            )
+        return {"bad_steps": 1.0}
+
+    def train_epoch(self, loader: DataLoader) -> Iterator[dict[str, float]]:
+        """The rest of the current epoch, step by step; what is averaged over the epoch adds up in `sums`.
+
+        Ends early where a signal asked any process to stop.
+        """
         self.model.train()
-        start, images_seen, history = time.perf_counter(), 0, []
-        bar = tqdm(loader, desc=f"epoch {self.epoch + 1}/{self.config.epochs}", unit="step", disable=not progress)
-        for images, targets in bar:
-            history.append(self.train_step(images, targets))
-            images_seen += len(images)
-            if len(history) % 10 == 1:  # reading a loss waits for the device
-                last = summarize(history[-1:])
-                bar.set_postfix({k: f"{last[k]:.3g}" for k in ("loss", "loss_cls", "loss_l1", "loss_giou")})
-        return {**summarize(history), "images_per_second": images_seen / (time.perf_counter() - start)}
+        if self.step == self.epoch * self.steps_per_epoch:
+            self.sums = {}
+        loader.batch_sampler.seek(self.epoch, self.step - self.epoch * self.steps_per_epoch)
+        end = time.perf_counter()
+        for images, targets in loader:
+            waited = time.perf_counter() - end
+            own = sum(len(target["labels"]) for target in targets)
+            # Before the step, so that all processes know all objects, one's wish to stop, and the main one's clock.
+            num_objects, num_images, self.stopping, self.save_due = self.here.sum(
+                own, len(images), self.stop.signal is not None, self.here.is_main and self.clock.is_due()
+            )
+            if self.stopping:
+                break
+            values = self.train_step(images, targets, num_objects)
+            seconds = time.perf_counter() - end
+            end += seconds
+            counts = {"steps": 1, "images": num_images, "seconds": seconds, "data_seconds": waited}
+            for name, value in {**values, **counts}.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            yield {**values, **counts}
 
     def state(self, dataset: Dataset) -> dict[str, Any]:
-        """The checkpoint."""
+        """The checkpoint; all processes have to call this."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.here.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.here.device)
         return {
             "model": self.model.state_dict(),
             "config": self.config.to_dict(),
             "class_names": list(dataset.class_names),
             "category_ids": list(dataset.category_ids),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": {"total_steps": self.total_steps, "learning_rate": self.config.learning_rate},
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
-            "rng": torch.get_rng_state(),
+            "sums": dict(self.sums),
+            "rng": self.here.gather(rng),
         }
 
     def restore(self, checkpoint: dict[str, Any], path: str) -> None:
         """Goes back to what `state` saved.
 
         Raises:
-            UserError: the checkpoint is of another model, or not of a training run.
+            UserError: the checkpoint is of another model or data set, or not of a training run.
         """
-        if missing := [key for key in ("optimizer", "schedule", "epoch", "step") if key not in checkpoint]:
-            raise UserError(f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}")
+        if missing := [key for key in ("optimizer", "schedule", "epoch", "step", "rng") if key not in checkpoint]:
+            raise UserError(f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}; try --weights")
+        step = checkpoint["step"]
+        if step - checkpoint["epoch"] * self.steps_per_epoch not in range(self.steps_per_epoch + 1):
+            raise UserError(
+                f"{path}: step {step} is not in epoch {checkpoint['epoch'] + 1} of {self.steps_per_epoch} steps; were "
+                "the data or --batch-size changed? Then start a run of its own with --weights"
+            )
         load_strictly(self.model, checkpoint["model"], path)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["schedule"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step, self.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
-        torch.set_rng_state(checkpoint["rng"])
+        self.sums = checkpoint["sums"]
+        if len(checkpoint["rng"]) == self.here.size:
+            rng = checkpoint["rng"][self.here.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.here.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.here.device)
 
 
-def summarize(history: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over steps: every loss, `loss` their sum, and `loss_cls`, `loss_l1`, `loss_giou` summed over stages."""
-    means = {name: torch.stack([step[name] for step in history]).mean().item() for name in history[0]}
-    kinds = {f"loss_{k}": sum(v for n, v in means.items() if n.startswith(f"loss_{k}_")) for k in ("cls", "l1", "giou")}
-    return {"loss": sum(kinds.values()), **kinds, **means}
+def prepare_output(folder: Path, resuming: bool) -> None:
+    """Makes the output folder, and finds out before the first epoch whether it can be written.
 
-
-def make_trainer(config: Config, device: torch.device, steps_per_epoch: int) -> Trainer:
-    """Model, optimiser and schedule at the start of a run."""
-    torch.manual_seed(config.seed)
-    model = build_model(config).to(device)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    total = config.epochs * steps_per_epoch
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, config))
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    return Trainer(model, optimizer, schedule, scaler, config)
-
-
-def prepare_output(folder: Path) -> None:
-    """Makes the output folder, and finds out before the first epoch whether it can be written."""
+    Raises:
+        UserError: another run is in it. OSError: it cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.touch()
     probe.unlink()
+    if not resuming and (folder / "last.pt").exists():
+        raise UserError(f"{folder} holds a run (last.pt): go on with --resume auto, or give another --output")
 
 
 def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
@@ -181,63 +249,90 @@ class TrainArgs:
     config: Config = field(default_factory=Config)
     output: Path = Path("runs/train")  # folder that everything is written into
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
-    weights: str | None = None  # checkpoint to start the model from
-    resume: str | None = None  # checkpoint to go on from, or "auto" for last.pt in --output where there is one
+    # Checkpoint to start from: ours, the authors' or MMDetection's. What fits is kept, also where the classes differ.
+    weights: str | None = None
+    # Checkpoint to go on from, with its settings where no flag says otherwise; "auto" is last.pt in --output, if there.
+    resume: str | None = None
     check_data: bool = False  # decode every picture before training
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake raises `UserError`."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parse_args(argv, TrainArgs, "train.py", __doc__.split("\n\n")[0], config=preset_from(argv))
-    device = pick_device(args.device)
-    train_set = make_dataset(args.config, "train")
-    val_set = make_dataset(args.config, "val", class_names=train_set.class_names)
-    config = replace(args.config, num_classes=len(train_set.class_names))
-    if not train_set.objects_per_image.any():
-        raise UserError("train: the training images have no objects at all, there is nothing to learn from")
-    warn_of_crowded_images(train_set, config.num_proposals)
-    prepare_output(args.output)
-    if args.check_data:
-        for dataset in filter(None, (train_set, val_set)):
-            check_data(dataset)
-    train(config, args, device, train_set, val_set)
-
-
-def train(config: Config, args: TrainArgs, device: torch.device, train_set: Dataset, val_set: Dataset | None) -> None:
-    """All epochs: train, evaluate, write."""
-    # The last, incomplete batch of an epoch is left out, unless it is the only one.
-    whole = len(train_set) >= config.batch_size
-    loader = make_loader(train_set, config.batch_size, True, config.workers, config.seed, drop_last=whole)
-    trainer = make_trainer(config, device, len(loader))
-    if args.weights:
-        load_strictly(trainer.model, load_checkpoint(args.weights)["model"], args.weights)
+def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
+    """The command line, and the checkpoint to go on from; a resumed run's settings are the defaults of its flags."""
+    description = __doc__.split("\n\n")[0]
+    args = parse_args(argv, TrainArgs, "train.py", description, config=preset_from(argv))
     resume = args.resume
     if resume == "auto":
         resume = str(args.output / "last.pt") if (args.output / "last.pt").exists() else None
-    if resume:
-        trainer.restore(load_checkpoint(resume), resume)
-    (args.output / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    started = time.perf_counter()
+    if resume is None:
+        return replace(args, resume=None), None
+    checkpoint = load_checkpoint(resume)
+    args = parse_args(argv, TrainArgs, "train.py", description, config=Config.from_dict(checkpoint["config"]))
+    return replace(args, resume=resume), checkpoint
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; a user's mistake raises `UserError`. Returns the exit status: 0, or 128 + a signal's number."""
+    args, checkpoint = read_args(sys.argv[1:] if argv is None else list(argv))
+    with world(args.device) as here:
+        train_set = make_dataset(args.config, "train")
+        val_set = make_dataset(args.config, "val", class_names=train_set.class_names)
+        config = replace(args.config, num_classes=len(train_set.class_names))
+        if not train_set.objects_per_image.any():
+            raise UserError("train: the training images have no objects at all, there is nothing to learn from")
+        if here.is_main:
+            warn_of_crowded_images(train_set, config.num_proposals)
+            prepare_output(args.output, resuming=checkpoint is not None)
+            for dataset in filter(None, (train_set, val_set)) if args.check_data else ():
+                check_data(dataset)
+        here.gather(None)  # the others wait until the main process has found nothing wrong
+        batches = GroupedBatches(train_set.sizes_hw, config.batch_size, config.seed, here.rank, here.size)
+        trainer = Trainer(config, here, len(batches))
+        notes = []
+        if checkpoint is not None:
+            trainer.restore(checkpoint, args.resume)
+            notes = [f"resumed from {args.resume} at step {trainer.step} of {trainer.total_steps}"]
+        elif args.weights:
+            notes = load_what_fits(trainer.model, args.weights)
+        if here.is_main:
+            print_summary(config, here, trainer.model, train_set, val_set, notes)
+        loader = make_loader(train_set, batches, config.workers, reseeded=True)
+        with trainer.stop, Report(args.output, trainer.epoch, config, here.is_main) as report:
+            return train(trainer, loader, val_set, args.output, report)
+
+
+def train(trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output: Path, report: Report) -> int:
+    """The loop: steps, a checkpoint every few minutes, and after an epoch an evaluation. Returns the exit status."""
+    config, here, train_set = trainer.config, trainer.here, loader.dataset.dataset
+
+    def save(name: str) -> None:
+        state = trainer.state(train_set)
+        if here.is_main:
+            save_checkpoint(output / name, state)
+        trainer.clock.restart()
+
     while trainer.epoch < config.epochs:
-        line = trainer.train_epoch(loader)
-        trainer.epoch += 1
+        for _ in report.progress(trainer.train_epoch(loader), trainer):
+            if trainer.save_due:
+                save("last.pt")
+        save("last.pt")  # before the evaluation, which may take long
+        if trainer.stopping or any(here.gather(trainer.stop.signal)):
+            signals = [number for number in here.gather(trainer.stop.signal) if number]
+            report.say(f"stopped by signal {signals[0]} at step {trainer.step}; saved {output / 'last.pt'}")
+            return 128 + signals[0]
         metrics: dict[str, Any] = {}
-        if val_set is not None and (trainer.epoch % config.eval_every == 0 or trainer.epoch == config.epochs):
-            metrics, _ = evaluate(trainer.model, val_set, device, batch_size=config.batch_size, workers=config.workers)
-            print(format_table(metrics))
+        if val_set is not None and ((trainer.epoch + 1) % config.eval_every == 0 or trainer.epoch + 1 == config.epochs):
+            size = config.micro_batch or config.batch_size // here.size
+            metrics, _ = evaluate(trainer.model, val_set, here, batch_size=size, workers=config.workers, amp=config.amp)
+            report.say(format_table(metrics))
+        trainer.epoch += 1
         improved = metrics.get("AP", -1.0) > trainer.best
         trainer.best = max(trainer.best, metrics.get("AP", -1.0))
-        save_checkpoint(args.output / "last.pt", trainer.state(train_set))
+        report.end_epoch(trainer, metrics)
+        save("last.pt")
         if improved:
-            save_checkpoint(args.output / "best.pt", trainer.state(train_set))
-        line |= {"epoch": trainer.epoch, "step": trainer.step, "lr": trainer.schedule.get_last_lr()[0]}
-        line |= {name: value for name, value in metrics.items() if name.startswith("A")}
-        with open(args.output / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        plot_curves(args.output / "metrics.jsonl", args.output / "curves.png")
-    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    print(f"trained for {minutes} min {seconds} s; written: {args.output}/last.pt, best.pt, metrics.jsonl, curves.png")
+            save("best.pt")
+    report.say(f"written: {output}/last.pt, best.pt, metrics.jsonl, config.json, curves.png")
+    return 0
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_a_malicious_pickle_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self):
             return os.mkdir, (str(marker),)
 
-    for name, write in {"zip.pt": torch.save, "raw.pt": lambda o, p: Path(p).write_bytes(pickle.dumps(o))}.items():
+    for name, write in {"zip.pt": torch.save, "raw.pt": lambda o, p: Path(p).write_bytes(pickle.dumps(o, 2))}.items():
         write({"model": Malicious()}, tmp_path / name)
         with pytest.raises(UserError, match=f"{name}.*tensors and plain values"):
             read_checkpoint(tmp_path / name)

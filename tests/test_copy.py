@@ -15,7 +15,7 @@ def test_a_copied_file_runs_alone(name: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     script = (
         f"import sys, doctest, {name}; failed, run = doctest.testmod({name}, raise_on_error=False);"
-        "ours = {'config', 'data', 'model', 'train', 'shapes', 'backbone', 'head', 'matcher', 'loss'} & set(sys.modules);"
+        "ours = {'config', 'data', 'model', 'shapes', 'backbone', 'head', 'matcher', 'loss'} & set(sys.modules);"
         f"assert ours == {{'{name}'}}, ours; assert run > 0 and failed == 0, (run, failed)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", f"sys = __import__('sys'); sys.path.insert(0, '.'); {script}"],

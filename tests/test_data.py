@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 
 import data
 from config import PRESETS, Config, UserError
-from data import CocoDataset, check_data, collate, make_dataset, make_loader, read_image
+from data import CocoDataset, check_data, collate, make_dataset, read_image
 from shapes import ShapesDataset
 
 W, H = 64, 48
@@ -466,59 +466,10 @@ def test_crops_of_the_recipe() -> None:
 # --- batches ---
 
 
-class Indices(torch.utils.data.Dataset):
-    """Index and a random number, as the transforms draw theirs."""
-
-    def __len__(self) -> int:
-        return 20
-
-    def __getitem__(self, index: int) -> tuple[Tensor, data.Target]:
-        return torch.tensor(index), {"draw": torch.rand(()).item()}
-
-
-def epochs(workers: int, seed: int, count: int = 2) -> tuple[list[list[int]], list[list[float]]]:
-    """Indices and random numbers, in their order, of each epoch."""
-    loader = make_loader(Indices(), 4, True, workers, seed, False)
-    torch.manual_seed(99)
-    batches = [
-        [(i.item(), t["draw"]) for images, ts in loader for i, t in zip(images, ts, strict=True)] for _ in range(count)
-    ]
-    return tuple([[item[k] for item in epoch] for epoch in batches] for k in (0, 1))
-
-
-def test_order_depends_on_the_seed_and_the_epoch_alone() -> None:
-    order, _ = epochs(0, seed=1)
-    torch.rand(5)
-    assert order == epochs(0, seed=1)[0] == epochs(2, seed=1)[0]
-    assert all(sorted(epoch) == list(range(20)) for epoch in order) and order[0] != order[1]
-    assert epochs(0, seed=2)[0][0] != order[0]
-
-
-def test_workers_draw_differently_and_reproducibly() -> None:
-    _, draws = epochs(2, seed=1)
-    assert draws == epochs(2, seed=1)[1] and draws != epochs(2, seed=2)[1]
-    assert len({draw for epoch in draws for draw in epoch}) == 40
-
-
-def test_loader_batches(folder: Path) -> None:
-    dataset = load(folder, example())
-    loader = make_loader(dataset, 2, False, 0, 0, False)
-    images, targets = next(iter(loader))
-    assert isinstance(images, list) and isinstance(targets, list) and len(images) == len(targets) == len(loader) == 2
-    assert [t["image_id"] for _, batch in loader for t in batch] == [30, -4, 10]
-    assert len(make_loader(dataset, 2, False, 0, 0, True)) == 1
-    with pytest.raises(UserError, match="3 images are less than a batch of 4.*--batch-size"):
-        make_loader(dataset, 4, True, 0, 0, True)
-    different = [dataset[0], (torch.zeros(3, 5, 7), {})]
-    assert [image.shape for image in collate(different)[0]] == [(3, H, W), (3, 5, 7)]
-
-
-def test_a_workers_error_is_the_users(folder: Path) -> None:
-    dataset = load(folder, example())
-    (folder / "b.png").write_bytes(b"")
-    with pytest.raises(UserError) as caught:
-        list(make_loader(dataset, 1, False, 1, 0, False))
-    assert str(caught.value).startswith(f"{folder / 'b.png'}: cannot be read as a picture (the file is empty)")
+def test_batches_are_lists_as_images_differ_in_size(folder: Path) -> None:
+    different = [load(folder, example())[0], (torch.zeros(3, 5, 7), {})]
+    images, targets = collate(different)
+    assert [image.shape for image in images] == [(3, H, W), (3, 5, 7)] and targets[1] == {}
 
 
 # --- which data ---

@@ -16,7 +16,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from checkpoint import read_checkpoint, save_checkpoint
 from config import Config, UserError, parse_args, run_main
 from model import build_model
 
@@ -187,6 +186,8 @@ class ConvertArgs:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake raises `UserError`."""
+    from checkpoint import read_checkpoint, save_checkpoint  # here, because checkpoint.py uses `convert_checkpoint`
+
     args = parse_args(argv, ConvertArgs, "python -m tools.convert", __doc__.split("\n\n")[0])
     state_dict = convert_checkpoint(read_checkpoint(args.source))
     config = config_from(state_dict)

@@ -1,0 +1,165 @@
+"""One recipe at any number of processes: batches, gradients, evaluation and faults, with a real torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import AlmostRight
+from two_processes import gradients
+
+from config import UserError
+from distributed import GroupedBatches, Reseeded, StopSignal, World, make_loader
+from evaluate import evaluate
+from shapes import ShapesDataset
+
+ROOT = Path(__file__).parents[1]
+HERE = World(torch.device("cpu"))
+SIZES = np.array([[40, 60]] * 13 + [[60, 40]] * 10)  # 13 wide, 10 tall
+
+
+def epoch_of(seed: int, epoch: int, rank: int = 0, size: int = 1, first: int = 0) -> list[list[tuple[int, int]]]:
+    batches = GroupedBatches(SIZES, 4, seed, rank, size)
+    batches.seek(epoch, first)
+    return list(batches)
+
+
+def torchrun(*args: str, processes: int = 2, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, **kwargs)
+
+
+def test_batches_are_of_one_orientation_and_cover_the_data_once() -> None:
+    batches = [[index for index, _ in batch] for batch in epoch_of(0, 0)]
+    assert len(batches) == len(SIZES) // 4 == 5 and all(len(batch) == 4 for batch in batches)
+    flat = sum(batches, [])
+    assert len(set(flat)) == len(flat) == 20
+    mixed = [batch for batch in batches if len({index < 13 for index in batch}) == 2]
+    assert len(mixed) <= 1  # what is over in both groups
+
+
+def test_order_and_augmentation_seeds_depend_on_seed_and_epoch_alone() -> None:
+    assert epoch_of(3, 1) == epoch_of(3, 1)
+    assert epoch_of(3, 1) != epoch_of(3, 2) and epoch_of(3, 1) != epoch_of(4, 1)
+    seeds = [seed for epoch in range(3) for batch in epoch_of(3, epoch) for _, seed in batch]
+    assert len(set(seeds)) == len(seeds)
+    assert epoch_of(3, 1, first=2) == epoch_of(3, 1)[2:]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_share_the_batches_of_one(size: int) -> None:
+    shares = [epoch_of(3, 1, rank, size) for rank in range(size)]
+    for step, whole in enumerate(epoch_of(3, 1)):
+        assert sorted(sum((share[step] for share in shares), [])) == sorted(whole)
+        assert {len(share[step]) for share in shares} == {4 // size}
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(UserError, match="--batch-size 4 .* 3 processes"):
+        GroupedBatches(SIZES, 4, 0, 0, 3)
+    with pytest.raises(UserError, match="23 images do not fill one batch of 32"):
+        GroupedBatches(SIZES, 32, 0, 0, 2)
+    (only,) = GroupedBatches(SIZES, 32, 0)
+    assert sorted(index for index, _ in only) == list(range(23))
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Images whose pixel is random, as the transforms draw."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+        if index == 22:
+            raise UserError("22.jpg: cannot be read as a picture; replace it")
+        return torch.rand(1), {"image_id": index}
+
+
+def test_augmentation_is_the_same_in_any_worker_and_leaves_no_trace() -> None:
+    keys = [[(0, 11), (1, 12)], [(2, 13), (1, 14)]]
+
+    def draws(workers: int) -> list[float]:
+        loader = make_loader(Drawing(), keys, workers, reseeded=True)
+        return [image.item() for images, _ in loader for image in images]
+
+    state = torch.get_rng_state()
+    here = draws(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert here == draws(2) and len(set(here)) == 4
+    assert Reseeded(Drawing())[1, 12][0].item() == here[1]
+
+
+def test_a_workers_error_is_the_users() -> None:
+    with pytest.raises(UserError) as error:
+        list(make_loader(Drawing(), [[21], [22]], workers=1))
+    assert str(error.value) == "22.jpg: cannot be read as a picture; replace it"
+
+
+def test_a_signal_is_noted_once_and_then_obeyed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What two processes found, by rank."""
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(str(ROOT / "tests/two_processes.py"), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_sum_and_gather(two: list[dict]) -> None:
+    for result in two:
+        assert result["sum"] == [3, 1] and result["gather"] == [("rank", 0), ("rank", 1)]
+    assert HERE.sum(2, 0.5) == [2, 0.5] and HERE.gather("x") == ["x"]
+
+
+def test_the_gradient_is_the_same_however_the_batch_is_divided(two: list[dict]) -> None:
+    """1 process × 4 images, 1 × 2 × 2 accumulated, 2 × 2, 2 × 1 × 2 accumulated; one image is empty."""
+    reference = gradients(HERE, None, 0, 1)
+    others = {"1 × 2 × 2": gradients(HERE, 2, 0, 1)}
+    for rank, result in enumerate(two):
+        others |= {f"2 × 2, rank {rank}": result["whole"], f"2 × 1 × 2, rank {rank}": result["parts"]}
+    for title, other in others.items():
+        assert other.keys() == reference.keys()
+        norms = {
+            name: ((other[name] - gradient).double().norm().item(), gradient.double().norm().item())
+            for name, gradient in reference.items()
+        }
+        off, whole = (sum(pair[i] ** 2 for pair in norms.values()) ** 0.5 for i in (0, 1))
+        assert off < 1e-5 * whole, title
+        # Each parameter by itself too, up to what adding in another order does in float32.
+        assert all(off < 1e-4 * norm + 1e-7 for off, norm in norms.values()), title
+
+
+def test_a_nan_in_one_process_skips_the_step_in_all(two: list[dict]) -> None:
+    for result in two:
+        poisoned = result["poisoned"]
+        assert poisoned["skipped"] == {"bad_steps": 1.0} and poisoned["unchanged"]
+        assert np.isfinite(poisoned["loss"])
+        assert "3 steps in a row" in poisoned["message"] and "103" in poisoned["message"]
+        assert "--lr" in poisoned["message"] and "target boxes" in poisoned["message"]
+
+
+def test_evaluation_sees_every_image_once_and_equals_one_process(two: list[dict]) -> None:
+    metrics, detections = evaluate(AlmostRight(), ShapesDataset("demo", "val", 11), HERE, batch_size=2)
+    metrics.pop("speed")
+    assert metrics["AP"] > 0
+    for result in two:
+        assert result["metrics"] == metrics
+        by_image = [sorted(map(str, found)) for found in (result["detections"], detections)]
+        assert by_image[0] == by_image[1]

@@ -1,0 +1,427 @@
+"""train.py as it is used: its command line, what it writes, resuming, faults, precision, fine-tuning."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from test_distributed import torchrun
+
+import train
+from checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
+from config import PRESETS, Config, UserError
+from data import CocoDataset
+from distributed import World
+from evaluate import evaluate
+from model import build_model
+from shapes import ShapesDataset
+from train import Trainer, main
+
+ROOT = Path(__file__).parents[1]
+HERE = World(torch.device("cpu"))
+TRAIN = str(ROOT / "train.py")
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights_of(a), weights_of(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def data_flags(train_set: tuple[Path, Path], val_set: tuple[Path, Path] | None = None) -> list[str]:
+    flags = ["--train-json", str(train_set[0]), "--train-images", str(train_set[1])]
+    return flags + (["--val-json", str(val_set[0]), "--val-images", str(val_set[1])] if val_set else [])
+
+
+# --- the command line ---
+
+
+def test_a_run_on_ones_own_data_writes_what_the_contract_says(make_coco, tiny_flags: list[str], tmp_path: Path) -> None:
+    """Odd category ids, another order of them in the validation file, and everything in the output folder."""
+    own = data_flags(make_coco("train", 8), make_coco("val", 3, categories={2: "cow", 9: "cat", 4: "dog"}))
+    output = tmp_path / "run"
+    command = [sys.executable, TRAIN, *tiny_flags, *own, "--epochs", "2", "--output", str(output), "--check-data"]
+    done = subprocess.run([*command, "--workers", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 images, 16 objects of 3 classes; validation: 3 images" in done.stdout
+    assert "learning rate 0.00025 = 0.001 × 4/16" in done.stdout and "epoch 2/2" in done.stdout
+    assert set(os.listdir(output)) >= {"last.pt", "best.pt", "metrics.jsonl", "config.json", "curves.png"}
+    assert any(name.startswith("events.out") for name in os.listdir(output))
+    checkpoint = load_checkpoint(output / "last.pt")
+    keys = {"model", "config", "class_names", "category_ids", "optimizer", "schedule", "epoch", "step", "rng", "best"}
+    assert set(checkpoint) >= keys
+    assert checkpoint["class_names"] == ["dog", "cat", "cow"] and checkpoint["category_ids"] == [-3, 7, 1000]
+    assert checkpoint["epoch"] == 2 and checkpoint["step"] == 4
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    wanted = {"loss", "loss_cls", "loss_l1", "loss_giou", "loss_cls_0", "AP", "AP50", "AP75", "APs", "APm", "APl"}
+    assert set(lines[0]) >= wanted | {"lr", "images_per_second", "data_wait", "bad_steps"}
+    assert Config.from_dict(json.loads((output / "config.json").read_text())).num_classes == 3
+    # What evaluate.py makes of the file is what training said of it.
+    model, rest = load_model(output / "last.pt")
+    val_set = train.make_dataset(rest["config"], "val", class_names=rest["class_names"])
+    assert val_set.category_ids == (4, 9, 2)
+    assert evaluate(model, val_set, HERE, progress=False)[0]["AP"] == pytest.approx(lines[-1]["AP"], abs=1e-6)
+
+
+def test_without_coco_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([sys.executable, TRAIN], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    for words in ("instances_train2017.json", "cocodataset.org", "make demo", "--train-json"):
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--preset", "r18"], "r18.*r50-100"),
+        (["--train-json", "a.json"], "--train-images is missing"),
+        (["--resume", "none.pt"], "none.pt: no such checkpoint"),
+        (["--weights", "none.pt"], "none.pt: no such checkpoint"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["--batch-size", "3", "--micro-batch", "4"], "micro_batch"),
+    ],
+)
+def test_mistakes_in_flags(flags: list[str], words: str, tiny_flags: list[str], tmp_path: Path, capsys) -> None:
+    argv = [*tiny_flags, *flags, "--output", str(tmp_path / "out")]
+    try:
+        with pytest.raises(UserError, match=words):
+            main(argv)
+    except SystemExit as stop:  # tyro has printed it
+        printed = capsys.readouterr()
+        assert stop.code == 2 and words in printed.out + printed.err
+
+
+def test_an_output_folder_that_cannot_be_written_or_is_taken(tiny_flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        main([*tiny_flags, "--output", str(tmp_path / "file" / "run")])
+    save_checkpoint(tmp_path / "last.pt", {"model": {}})
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="--resume auto"):
+        main([*tiny_flags, "--output", str(tmp_path)])
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_mistakes_in_data(make_coco, tiny_flags: list[str], tmp_path: Path) -> None:
+    good, output = make_coco("train"), ["--output", str(tmp_path / "out")]
+    other = make_coco("other", categories={1: "cat", 2: "horse", 3: "cow"})
+    with pytest.raises(UserError, match="horse"):
+        main([*tiny_flags, *data_flags(good, other), *output])
+    empty = make_coco("empty", edit=lambda coco: coco["annotations"].clear())
+    with pytest.raises(UserError, match="no objects"):
+        main([*tiny_flags, *data_flags(empty), *output])
+    broken = make_coco("broken")
+    (broken[1] / "2.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1 of 4 images cannot be used.*2\.jpg"):
+        main([*tiny_flags, *data_flags(broken), *output, "--check-data"])
+    assert not (tmp_path / "out/last.pt").exists()
+
+
+def test_more_objects_than_proposals_is_a_warning_with_numbers(
+    make_coco, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    def crowd(coco: dict) -> None:
+        box = {"image_id": 1, "category_id": 7, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+        coco["annotations"] += [{**box, "id": 100 + i} for i in range(10)]
+
+    flags = [*tiny_flags, *data_flags(make_coco(edit=crowd)), "--output", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match=r"1 of 4 training images .*\(up to 12\) than .*proposals \(7\)"):
+        assert main(flags) == 0
+
+
+# --- resuming and faults ---
+
+
+@pytest.fixture(scope="module")
+def module_flags() -> list[str]:
+    """Two epochs of three steps; dropout, so that the random state matters too."""
+    flags = ["--preset", "shapes", "--device", "cpu", "--num-proposals", "7", "--num-stages", "2", "--hidden-dim", "16"]
+    flags += ["--dynamic-dim", "4", "--num-heads", "2", "--ffn-dim", "32", "--roi-size", "3", "--dropout", "0.1"]
+    return [*flags, "--epochs", "2", "--shapes-train", "12", "--shapes-val", "4", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(module_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    assert main([*module_flags, "--output", str(output)]) == 0
+    return output
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 4])
+def test_resuming_equals_never_having_stopped(
+    stop_after: int, module_flags: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in mid-epoch, at an epoch's end before its evaluation, and early in the second; then --resume."""
+    steps, original = 0, Trainer.train_step
+
+    def crash(self, *args):
+        nonlocal steps
+        if steps == stop_after:
+            raise KeyboardInterrupt
+        steps += 1
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            main([*module_flags, "--output", str(tmp_path), "--checkpoint-minutes", "0"])
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == stop_after
+    torch.rand(100)  # another process would have another random state
+    assert main(["--resume", str(tmp_path / "last.pt"), "--output", str(tmp_path), "--device", "cpu"]) == 0
+    assert_same_weights(tmp_path / "last.pt", uninterrupted / "last.pt")
+    lines = [
+        [json.loads(line) for line in (o / "metrics.jsonl").read_text().splitlines()] for o in (tmp_path, uninterrupted)
+    ]
+    assert [line["epoch"] for line in lines[0]] == [1, 2]
+    for a, b in zip(*lines, strict=True):
+        assert a["AP"] == b["AP"] and a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+    a, b = (load_checkpoint(o / "last.pt") for o in (tmp_path, uninterrupted))
+    assert a["best"] == b["best"] and str(a["optimizer"]) == str(b["optimizer"])
+
+
+def test_resume_auto_starts_afresh_or_goes_on(
+    module_flags: list[str], uninterrupted: Path, tmp_path: Path, capsys
+) -> None:
+    flags = [*module_flags, "--output", str(tmp_path), "--resume", "auto"]
+    assert main(flags) == 0 and "resumed" not in capsys.readouterr().out
+    assert main(flags) == 0 and "resumed from" in capsys.readouterr().out
+    assert_same_weights(tmp_path / "last.pt", uninterrupted / "last.pt")
+
+
+def test_what_cannot_be_resumed(module_flags: list[str], uninterrupted: Path, make_coco, tmp_path: Path) -> None:
+    last = str(uninterrupted / "last.pt")
+    flags = ["--resume", last, "--output", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(UserError, match=r"proposal_boxes \[7, 4\] in the file, \[9, 4\]"):
+        main([*flags, "--num-proposals", "9"])
+    two_classes = make_coco(categories={1: "a", 2: "b"}, num_images=12)
+    with pytest.raises(UserError, match=r"cls_logits\.weight \[3, 16\] in the file, \[2, 16\]"):
+        main([*flags, *data_flags(two_classes)])
+    with pytest.raises(UserError, match="step 6"):
+        main([*flags, "--shapes-train", "4"])
+    plain = {k: v for k, v in load_checkpoint(last).items() if k in ("model", "config", "class_names", "category_ids")}
+    save_checkpoint(tmp_path / "plain.pt", plain)
+    with pytest.raises(UserError, match="lacks optimizer.*--weights"):
+        main(["--resume", str(tmp_path / "plain.pt"), "--output", str(tmp_path), "--device", "cpu"])
+
+
+def start(flags: list[str], output: Path) -> subprocess.Popen:
+    command = [sys.executable, TRAIN, *flags, "--output", str(output), "--resume", "auto", "--checkpoint-minutes", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
+    """Until a checkpoint of at least that step is there; every checkpoint on the way must be loadable."""
+    while process.poll() is None:
+        if (output / "last.pt").exists() and load_checkpoint(output / "last.pt")["step"] >= step:
+            return
+        time.sleep(0.02)
+
+
+def kill_again_and_again(times: int, flags: list[str], output: Path) -> None:
+    """SIGKILL at random moments, writes among them, then to the end: never without a checkpoint that loads."""
+    rng, step = random.Random(times), 0
+    for _ in range(times):
+        process = start(flags, output)
+        wait_for_step(output, process, step + 1)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        step = load_checkpoint(output / "last.pt")["step"]
+    process = start(flags, output)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    assert f"resumed from {output}/last.pt" in printed and not (output / "last.pt.tmp").exists()
+
+
+def test_killed_three_times(module_flags: list[str], tmp_path: Path) -> None:
+    flags = [*module_flags, "--shapes-train", "120", "--epochs", "1"]
+    kill_again_and_again(3, flags, tmp_path / "killed")
+    assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    assert_same_weights(tmp_path / "killed/last.pt", tmp_path / "whole/last.pt")
+
+
+@pytest.mark.long
+def test_killed_twenty_times(module_flags: list[str], tmp_path: Path) -> None:
+    flags = [*module_flags, "--shapes-train", "2000", "--epochs", "1"]
+    kill_again_and_again(20, flags, tmp_path / "killed")
+    assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    assert_same_weights(tmp_path / "killed/last.pt", tmp_path / "whole/last.pt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_so(number: int, module_flags: list[str], tmp_path: Path) -> None:
+    process = start([*module_flags, "--shapes-train", "2000", "--workers", "1"], tmp_path)
+    wait_for_step(tmp_path, process, 2)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, printed
+    step = load_checkpoint(tmp_path / "last.pt")["step"]
+    assert f"stopped by signal {int(number)} at step {step}" in printed and "Traceback" not in printed
+
+
+def test_two_processes_stop_resume_and_end_where_one_run_would(module_flags: list[str], tmp_path: Path) -> None:
+    flags = [TRAIN, *module_flags, "--checkpoint-minutes", "0", "--output"]
+    stopping = tmp_path / "stopping.py"  # rank 1 gets a signal after its second step
+    stopping.write_text(
+        "import os, signal, sys, train\n"
+        "original = train.Trainer.train_step\n"
+        "def step(self, *args):\n"
+        "    values = original(self, *args)\n"
+        "    if self.step == 2 and self.here.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return values\n"
+        "train.Trainer.train_step = step\n"
+        "sys.exit(train.main())\n"
+    )
+    stopped = torchrun(str(stopping), *flags[1:], str(tmp_path / "a"))
+    assert stopped.returncode != 0 and "stopped by signal 15 at step 2" in stopped.stdout
+    assert stopped.stderr.count("exitcode  : 143") == 2, stopped.stderr[-3000:]  # on every rank
+    resumed = torchrun(*flags, str(tmp_path / "a"), "--resume", "auto")
+    whole = torchrun(*flags, str(tmp_path / "b"))
+    assert resumed.returncode == whole.returncode == 0, resumed.stderr[-3000:]
+    assert_same_weights(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
+    assert whole.stdout.count("epoch 2/2") == 1  # one process speaks
+
+
+def test_a_dead_process_ends_the_others(module_flags: list[str], tmp_path: Path) -> None:
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        "import os, signal, sys, train\n"
+        "original = train.Trainer.train_step\n"
+        "def step(self, *args):\n"
+        "    if self.step == 2 and self.here.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, *args)\n"
+        "train.Trainer.train_step = step\n"
+        "sys.exit(train.main())\n"
+    )
+    done = torchrun(str(dying), *module_flags, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "0")
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(module_flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    writes, original = 0, os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 3:
+            raise OSError(28, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr("checkpoint.os.fsync", full)
+    with pytest.raises(OSError, match=r"last\.pt.*No space left on device.*intact"):
+        main([*module_flags, "--output", str(tmp_path), "--checkpoint-minutes", "0"])
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
+
+
+# --- numbers ---
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
+    module_flags, tmp_path: Path, monkeypatch
+) -> None:
+    original = Trainer.train_step
+
+    def poison(self, images, targets, num_objects):
+        if self.step in (1, 4, 5):
+            for target in targets:
+                target["boxes"] = target["boxes"] * float("nan")
+        return original(self, images, targets, num_objects)
+
+    monkeypatch.setattr(Trainer, "train_step", poison)
+    flags = [*module_flags, "--checkpoint-minutes", "0", "--output", str(tmp_path)]
+    with pytest.raises(UserError, match=r"2 steps in a row.*image ids \[\d+, .*--lr.*--amp"):
+        main([*flags, "--max-bad-steps", "2"])
+    (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["bad_steps"] == 1 and np.isfinite(line["loss"])
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["step"] == 5
+    assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_keeps_losses_and_boxes_in_float32(amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(replace(TINY, amp=amp), HERE, steps_per_epoch=20)
+    seen, original = set(), trainer.model.criterion.forward
+
+    def spy(logits, boxes_px, targets, whwh_px, num_objects):
+        losses = original(logits, boxes_px, targets, whwh_px, num_objects)
+        seen.add((logits.dtype, boxes_px.dtype, next(iter(losses.values())).dtype))
+        return losses
+
+    monkeypatch.setattr(trainer.model.criterion, "forward", spy)
+    dataset = ShapesDataset("demo", "train", 4)
+    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
+    trainer.model.train()
+    losses = [trainer.train_step(list(images), list(targets), 12) for _ in range(20)]
+    losses = [values["loss"] for values in losses if "loss" in values]  # fp16 skips the steps that find its scale
+    assert len(losses) >= 10 and losses[-1] < 0.85 * losses[0]
+    assert seen == {({"bf16": torch.bfloat16, "fp16": torch.float16}[amp], torch.float32, torch.float32)}
+    state = trainer.state(dataset)["scaler"]
+    assert ("scale" in state) == (amp == "fp16")
+
+
+def test_a_micro_batch_changes_the_memory_and_not_the_recipe() -> None:
+    frozen = replace(TINY, backbone="resnet18", batch_size=4)
+    dataset = ShapesDataset("demo", "train", 4)
+    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
+    count, losses = sum(len(target["labels"]) for target in targets), []
+    for micro_batch in (None, 3):
+        trainer = Trainer(replace(frozen, micro_batch=micro_batch), HERE, steps_per_epoch=10)
+        trainer.model.train()
+        losses.append(trainer.train_step(list(images), list(targets), count))
+    for name, value in losses[0].items():
+        assert losses[1][name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_fine_tuning_keeps_what_fits_and_lists_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "pretrained.pt"
+    source = build_model(TINY)
+    contents = {"class_names": ["a", "b", "c"], "category_ids": [1, 2, 3]}
+    save_checkpoint(path, {"model": source.state_dict(), "config": TINY.to_dict(), **contents})
+    model = build_model(replace(TINY, num_classes=5))
+    lines = "\n".join(load_what_fits(model, path))
+    old, new = source.state_dict(), model.state_dict()
+    changed = {name for name in new if not torch.equal(new[name], old[name])} if new.keys() == old.keys() else None
+    assert changed == {f"head.stages.{s}.cls_logits.{p}" for s in range(TINY.num_stages) for p in ("weight", "bias")}
+    assert all(name in lines for name in changed) and f"{len(new) - len(changed)} of the model's {len(new)}" in lines
+    with pytest.raises(UserError, match="not one of its"):
+        load_what_fits(torch.nn.Linear(2, 2), path)
+
+
+def test_fine_tuning_from_the_authors_weights(tmp_path: Path) -> None:
+    from test_reference import weights
+
+    authors = weights("r50_100")
+    torch.save({"model": authors}, tmp_path / "authors.pth")
+    model = build_model(replace(PRESETS["r50-100"], num_classes=3), pretrained_backbone=False)
+    lines = load_what_fits(model, tmp_path / "authors.pth")
+    assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
+    assert "cls_logits" in lines[1] and len(lines) == 2 and lines[1].count(",") == 2 * 6 - 1
+
+
+def test_more_stages_or_classes_than_the_data_has_is_no_crash(make_coco) -> None:
+    json_file, folder = make_coco(categories={3: "only"})
+    dataset = CocoDataset(json_file, folder)
+    trainer = Trainer(replace(TINY, num_classes=1), HERE, 5)
+    trainer.model.train()
+    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
+    assert np.isfinite(trainer.train_step(list(images), list(targets), 8)["loss"])
