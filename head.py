@@ -90,7 +90,15 @@ class DynamicInteraction(nn.Module):
 
     def forward(self, pro_feats: Tensor, roi_feats: Tensor) -> Tensor:
         """pro_feats (N, C), roi_feats (N, R·R, C) -> obj_feats (N, C)."""
-        return dynamic_instance_interaction(pro_feats, roi_feats, layers=self)
+        device, dtype = roi_feats.device.type, torch.get_autocast_dtype(roi_feats.device.type)
+        is_on = torch.is_autocast_enabled(device)
+        # Bins outside of the image are all zeros. There both norms divide by sqrt(eps): on the way back they multiply
+        # the gradient by 316 each, far beyond float16's 65504, and that infinity times the bin's zeros is NaN. In
+        # float32 and bfloat16 it is a large number times zero, so only training in float16 leaves its dtype here.
+        if is_on and dtype == torch.float16 and torch.is_grad_enabled():
+            is_on, pro_feats, roi_feats = False, pro_feats.float(), roi_feats.float()
+        with torch.autocast(device, dtype, enabled=is_on):
+            return dynamic_instance_interaction(pro_feats, roi_feats, layers=self)
 
 
 def apply_deltas(deltas: Tensor, boxes_px: Tensor) -> Tensor:

@@ -160,3 +160,17 @@ def test_the_interaction_can_be_replaced() -> None:
     stage = Stage(C, K, num_heads=4, ffn_dim=24, interaction=Static())
     logits, boxes, _ = stage(torch.randn(B * N, C, R, R), make_proposals()[1], torch.randn(B, N, C))
     assert logits.shape == (B, N, K) and not any("linear1" in name for name, _ in stage.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_regions_outside_of_the_image_have_a_finite_gradient_in_half_precision(dtype: torch.dtype) -> None:
+    """All-zero bins: two norms of a zero variance multiply the gradient by 10⁵, beyond float16's range."""
+    layers = DynamicInteraction(C, D, R)
+    pro_feats, roi_feats = torch.randn(N, C, requires_grad=True), torch.randn(N, R * R, C)
+    roi_feats[1] = 0
+    with torch.autocast("cpu", dtype):
+        out = layers(pro_feats.to(dtype), roi_feats.to(dtype))
+    (out.float() * 50).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layers.parameters()) and torch.isfinite(pro_feats.grad).all()
+    exact = layers(pro_feats, roi_feats)
+    assert (out - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.2)
