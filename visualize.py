@@ -51,7 +51,8 @@ def draw_boxes(
     x_limits, y_limits = sorted(axes.get_xlim()), sorted(axes.get_ylim())
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=linewidth)
-        patch.set_path_effects(outline)
+        if linewidth > 1:  # a dark rim, to be seen on any background
+            patch.set_path_effects(outline)
         axes.add_patch(patch)
         if texts:
             axes.text(
@@ -89,12 +90,12 @@ def draw_stages(
     """The slides' figure (a)–(d): the learned proposal boxes, then the boxes after every stage, a row an image.
 
     A proposal has one colour in its whole row, that of the class it ends with where its last score reaches
-    `threshold`; all others are drawn thin and grey.
+    `threshold`; all others are drawn thin and white.
     """
     rows, columns = len(images), len(model.head.stages) + 1
     figure = Figure(figsize=(2.1 * columns, 2.25 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for row, image in zip(grid, images, strict=True):
+    for number, (row, image) in enumerate(zip(grid, images, strict=True)):
         outputs = model.stages([image])
         _, whwh_px = model.prepare([image])
         scores, labels = outputs.logits[-1, 0].sigmoid().max(-1)  # (N,) each
@@ -102,8 +103,8 @@ def draw_stages(
         panels = [model.initial_boxes_px(whwh_px)[0], *outputs.boxes[:, 0]]
         titles = ["learned proposals", *(f"stage {s + 1}" for s in range(columns - 1))]
         for axes, boxes, title in zip(row, panels, titles, strict=True):
-            show_image(axes, image, title if row is grid[0] else "")
-            draw_boxes(axes, boxes[~found], ["#BBBBBB"] * int((~found).sum()), linewidth=0.5)
+            show_image(axes, image, "" if number else title)
+            draw_boxes(axes, boxes[~found], ["#FFFFFF"] * int((~found).sum()), linewidth=0.6)
             is_last = axes is row[-1]
             texts = [f"{class_names[label]} {s:.2f}" for label, s in zip(labels[found], scores[found], strict=True)]
             colours = [colour(label) for label in labels[found].tolist()]
@@ -119,18 +120,15 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss_axes, ap_axes, rate_axes = figure.subplots(1, 3)
 
-    def plot(axes: Axes, keys: dict[str, str]) -> None:
-        for index, (key, label) in enumerate(keys.items()):
-            points = [(line["epoch"], line[key]) for line in lines if line.get(key, -1) >= 0]
+    def plot(axes: Axes, labels: dict[str, str]) -> None:
+        for (key, label), line_colour in zip(
+            labels.items(), ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=False
+        ):
+            points = [(line["epoch"], line[key]) for line in lines if line.get(key, -1) >= 0]  # −1: not defined
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    marker="o",
-                    markersize=3,
-                    label=label,
-                    color=colour(5 + index % 2 if len(keys) < 3 else (5, 6, 2, 4)[index]),
-                )
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=line_colour)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
 
     plot(loss_axes, {"loss": "sum", "loss_cls": "class (focal)", "loss_l1": "L1", "loss_giou": "GIoU"})
@@ -141,7 +139,7 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     if ap_axes.lines:
         ap_axes.legend(loc="lower right")
     plot(rate_axes, {"lr": "learning rate"})
-    rate_axes.set(title="learning rate at the end of the epoch", ylabel="learning rate", ylim=(0, None))
+    rate_axes.set(title="rate at the end of the epoch", ylabel="learning rate", ylim=(0, None))
     figure.savefig(output, dpi=110)
 
 
