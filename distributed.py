@@ -85,7 +85,10 @@ def world(device_name: str) -> Iterator[World]:
 
 
 class StopSignal:
-    """Within `with`, SIGTERM (pre-emption) and SIGINT (Ctrl-C) are noted rather than obeyed; a second one is obeyed."""
+    """Within `with`, SIGTERM (pre-emption) and SIGINT (Ctrl-C) are noted rather than obeyed; a second Ctrl-C is obeyed.
+
+    After a stop they stay noted until the process ends: torchrun sends SIGTERM to all as soon as one has ended.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -97,12 +100,13 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.items() if self.signal is None else ():
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
         self.signal = int(number)
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
 
 class Clock:

@@ -317,6 +317,7 @@ def train(trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output:
         save("last.pt")  # before the evaluation, which may take long
         if trainer.stopping or any(here.gather(trainer.stop.signal)):
             signals = [number for number in here.gather(trainer.stop.signal) if number]
+            trainer.stop.signal = signals[0]
             report.say(f"stopped by signal {signals[0]} at step {trainer.step}; saved {output / 'last.pt'}")
             return 128 + signals[0]
         metrics: dict[str, Any] = {}

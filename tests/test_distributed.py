@@ -100,17 +100,24 @@ def test_a_workers_error_is_the_users() -> None:
     assert str(error.value) == "22.jpg: cannot be read as a picture; replace it"
 
 
-def test_a_signal_is_noted_once_and_then_obeyed() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == before
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pause()
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_a_signal_is_noted_and_a_second_interrupt_obeyed() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with StopSignal() as stop:
+            assert stop.signal is None
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+                assert stop.signal == number
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                signal.pause()
+        os.kill(os.getpid(), signal.SIGTERM)  # still noted, not obeyed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with StopSignal():
+        pass
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 @pytest.fixture(scope="module")

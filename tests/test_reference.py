@@ -1,6 +1,7 @@
 """The paper's model, exactly: the authors' code and MMDetection on the same weights and images (tests/reference/)."""
 
 import json
+import os
 import zlib
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,7 @@ def weights(case: str) -> dict[str, torch.Tensor]:
 @cache
 def run(case: str) -> SimpleNamespace:
     """One forward pass of a case, and where it stores losses, one backward pass."""
+    torch.set_num_threads(os.cpu_count() or 1)
     expected, recorded = json.loads((FOLDER / f"{case}.json").read_text()), dict(np.load(FOLDER / f"{case}.npz"))
     model = build_model(Config(), pretrained_backbone=False)
     model.load_state_dict(convert_checkpoint(weights(case)))
