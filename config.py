@@ -8,6 +8,7 @@ Deviations (ours | paper | authors' code | why)
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -117,8 +118,8 @@ class Config:
             if getattr(self, name) < 1:
                 raise UserError(f"config: {name}={getattr(self, name)} should be at least 1")
         for name in ("lr_at_16", "clip_norm", "lr"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"config: {name}={getattr(self, name)} should be greater than 0")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"config: {name}={getattr(self, name)} should be a number greater than 0")
         if not self.min_sizes or min(self.min_sizes) < 1:
             raise UserError(f"config: min_sizes={self.min_sizes} should hold at least one size of at least 1 pixel")
         if not 0 < self.prior_prob < 1:
@@ -127,6 +128,10 @@ class Config:
             raise UserError(f"config: hidden_dim={self.hidden_dim} is not a multiple of num_heads={self.num_heads}")
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise UserError(f"config: micro_batch={self.micro_batch} should lie in 1 … batch_size={self.batch_size}")
+        if not (0 <= self.dropout < 1 and 0 <= self.weight_decay < math.inf):
+            raise UserError("config: dropout should lie in 0 … 1 and weight_decay should not be negative")
+        if self.seed not in range(2**63) or min(self.num_cls_layers, self.num_reg_layers) < 0:
+            raise UserError("config: seed, num_cls_layers and num_reg_layers should not be negative, seed below 2^63")
         if min(self.workers, self.warmup_steps, self.checkpoint_minutes) < 0:
             raise UserError("config: workers, warmup_steps and checkpoint_minutes should not be negative")
 
@@ -179,7 +184,7 @@ PRESETS: dict[str, Config] = {
         num_heads=4,
         ffn_dim=256,
         roi_size=5,
-        epochs=6,
+        epochs=5,
         lr_at_16=1e-3,
         schedule="cosine",
         warmup_steps=100,

@@ -3,7 +3,8 @@
 The recipe is the same at any number of processes. The images of step s of epoch e depend on (seed, e, s) alone, and
 process r of P takes every P-th of them from the r-th on. How an image is augmented depends on (seed, e, image) alone,
 whichever process or worker does it. So one process and eight see the same batches, and a run that is resumed sees what
-it would have seen.
+it would have seen. Only trained batch norms (`--backbone small`, `--no-freeze-backbone`) depend on the division: their
+statistics are of the images that one process takes at a time.
 
 Deviations (ours | paper | authors' code | why)
     wide and tall images are shuffled apart, in batches of the whole effective size | — | each process fills batches of
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import UserError, pick_device
@@ -50,6 +52,20 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def raise_together(self, error: Exception | None) -> None:
+        """Ends all processes where one has met an error: its own there, a `UserError` of the same text elsewhere.
+
+        All processes have to call this; without it the others would wait for the one that stopped.
+        """
+        texts = [text for text in self.gather(None if error is None else str(error)) if text is not None]
+        if texts:
+            raise error or UserError(texts[0])
+
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the main one's buffers: the running statistics of trained batch norms."""
+        for buffer in model.buffers() if self.size > 1 else ():
+            dist.broadcast(buffer, 0)
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank; all of them have to call this. The values are pickled."""
         if self.size == 1:
@@ -70,18 +86,43 @@ def world(device_name: str) -> Iterator[World]:
         UserError: the device is not there.
     """
     device = pick_device(device_name)
+    if device.type == "cuda":
+        own = os.environ.get("LOCAL_RANK") or device.index or 0
+        device = pick_device(f"cuda:{own}")
+        torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         yield World(device)
         return
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
     # A process that waits longer than this for the others gives up: a hang is worse than an error.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            raise UserError(f"lost the other processes, the first error above is the cause ({error})") from None
+        raise
+    # Not after an error: with NCCL it would wait for processes that wait for this one.
+    dist.destroy_process_group()
+
+
+class Guarded(nn.Module):
+    """A model that notes a `FloatingPointError` as `problem` and returns no losses, rather than raise it.
+
+    Raised inside DistributedDataParallel by one process alone, it would leave that one in a state of its own.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.problem = model, None
+
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+        """The model's losses, or an empty dict."""
+        try:
+            self.problem = None
+            return self.model(*inputs)
+        except FloatingPointError as error:
+            self.problem = str(error)
+            return {}
 
 
 class StopSignal:
@@ -92,6 +133,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -103,8 +145,18 @@ class StopSignal:
         for number, handler in self._before.items() if self.signal is None else ():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def obeyed(self, text: str) -> Iterator[None]:
+        """Within it a signal ends the process at once, with `text` and the conventional exit status."""
+        self._at_once, self._text = True, text
+        yield
+        self._at_once = False
+
     def _note(self, number: int, _: object) -> None:
         self.signal = int(number)
+        if self._at_once:
+            print(f"stopped by signal {self.signal} {self._text}", flush=True)
+            raise SystemExit(128 + self.signal)
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
 
@@ -189,9 +241,10 @@ class Reseeded(Dataset):
         return item
 
 
-def _ignore_interrupts(worker_id: int) -> None:
-    """Ctrl-C reaches the workers too, but the step that the main process finishes still needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker_id: int) -> None:
+    """Signals to all processes reach the workers too, but the step that the main process finishes still needs them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -212,6 +265,6 @@ def make_loader(dataset: Dataset, batches: Sequence | Sampler, workers: int, res
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # for the loader's own draws: the global one is the model's
     )

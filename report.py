@@ -1,10 +1,11 @@
-"""What a training run tells: a summary at the start, a progress bar, a line an epoch, TensorBoard and curves."""
+"""What a training run tells: a summary at the start, a progress bar, a line an epoch, TensorBoard, curves."""
 
 import json
 import math
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import PRESETS, Config
+from config import PRESETS, Config, UserError
 from distributed import World
 from visualize import plot_curves
 
@@ -77,6 +78,33 @@ def print_summary(
         print(note)
 
 
+def prepare_output(folder: Path, resume: str | None) -> None:
+    """Makes the output folder, and finds out before the first epoch whether it can be written.
+
+    Raises:
+        UserError: another run is in it. OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+    goes_on = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    if (folder / "last.pt").exists() and not goes_on:
+        raise UserError(f"{folder} holds another run (last.pt): go on with --resume auto, or give another --output")
+
+
+def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
+    """One-to-one matching leaves objects unmatched in images that have more of them than there are proposals."""
+    counts = dataset.objects_per_image
+    if (counts > num_proposals).any():
+        warnings.warn(
+            f"{int((counts > num_proposals).sum())} of {len(counts)} training images have more objects (up to "
+            f"{int(counts.max())}) than the model has proposals ({num_proposals}); in each only {num_proposals} are "
+            "learned at a time. Consider a larger --num-proposals",
+            stacklevel=2,
+        )
+
+
 class Report:
     """Writes metrics.jsonl, config.json, TensorBoard events and curves.png, shows progress; in the main process only.
 
@@ -95,7 +123,9 @@ class Report:
         self.lines = output / "metrics.jsonl"
         old = self.lines.read_text().splitlines() if self.lines.exists() else []
         kept = [line for line in old if line.endswith("}") and json.loads(line)["epoch"] <= epoch]
-        self.lines.write_text("".join(f"{line}\n" for line in kept))
+        temporary = self.lines.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(self.lines)
         self.board = SummaryWriter(str(output))
 
     def __enter__(self) -> "Report":
@@ -153,8 +183,11 @@ class Report:
         }
         if trainer.here.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated(trainer.here.device) / 1e9
-        with open(self.lines, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.lines, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.lines}: {error}") from error
         for name, value in line.items():
             self.board.add_scalar(f"epoch/{name}", value, trainer.epoch)
         self.board.flush()

@@ -16,14 +16,13 @@ import contextlib
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
@@ -32,10 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 from checkpoint import load_checkpoint, load_strictly, load_what_fits, save_checkpoint
 from config import Config, UserError, parse_args, preset_from, run_main
 from data import check_data, make_dataset
-from distributed import Clock, GroupedBatches, StopSignal, World, make_loader, world
+from distributed import Clock, GroupedBatches, Guarded, StopSignal, World, make_loader, world
 from evaluate import AMP_DTYPES, evaluate, format_table
 from model import build_model
-from report import Report, print_summary, with_sums
+from report import Report, prepare_output, print_summary, warn_of_crowded_images, with_sums
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
@@ -62,13 +61,14 @@ class Trainer:
         config: the recipe.
         here: the processes that share the work; the model is on `here.device`.
         steps_per_epoch: optimiser steps in an epoch.
+        pretrained_backbone: False where a checkpoint is restored next.
     """
 
-    def __init__(self, config: Config, here: World, steps_per_epoch: int):
+    def __init__(self, config: Config, here: World, steps_per_epoch: int, pretrained_backbone: bool = True):
         torch.manual_seed(config.seed)
         self.config, self.here, self.steps_per_epoch = config, here, steps_per_epoch
         self.total_steps = config.epochs * steps_per_epoch
-        self.model = build_model(config).to(here.device)
+        self.model = build_model(config, pretrained_backbone).to(here.device)
         self.optimizer = AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -83,9 +83,11 @@ class Trainer:
         self.bad_in_a_row = 0
         self.stop, self.stopping, self.save_due = StopSignal(), 0.0, 0.0
         self.clock = Clock(config.checkpoint_minutes)
+        self.guarded = Guarded(self.model)
         # The module that runs: under torchrun its backward pass averages the gradients over the processes.
-        on_gpu = [here.device] if here.device.type == "cuda" else None
-        self.parallel = DistributedDataParallel(self.model, device_ids=on_gpu) if here.size > 1 else self.model
+        self.parallel = DistributedDataParallel(self.guarded) if here.size > 1 else self.guarded
+        norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]  # empty where norms are frozen
 
     def train_step(self, images: list[Tensor], targets: list[dict[str, Any]], num_objects: float) -> dict[str, float]:
         """One step of the recipe; returns every loss, their sums, and the gradient's norm before clipping.
@@ -100,18 +102,16 @@ class Trainer:
         self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
+        before = [statistic.clone() for statistic in self.statistics]
         for first in range(0, len(images), size):
-            part, problem = slice(first, first + size), None
+            part = slice(first, first + size)
             is_last = first + size >= len(images)
             with contextlib.nullcontext() if is_last or self.here.size == 1 else self.parallel.no_sync():
-                try:
-                    with torch.autocast(self.here.device.type, dtype, enabled=dtype != torch.float32):
-                        losses = self.parallel(images[part], targets[part], num_objects)
-                except FloatingPointError as error:  # from the matcher
-                    problem = str(error)
+                with torch.autocast(self.here.device.type, dtype, enabled=dtype != torch.float32):
+                    losses = self.parallel(images[part], targets[part], num_objects)
                 # All processes skip together: one that went on alone would wait for the others forever.
-                if self.here.sum(problem is not None)[0]:
-                    return self._skip(problem, targets)
+                if self.here.sum(not losses)[0]:
+                    return self._skip(self.guarded.problem, targets, before)
                 # DistributedDataParallel averages over processes; what the divisor asks for is their sum.
                 self.scaler.scale(sum(losses.values()) * self.here.size).backward()
             totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
@@ -123,17 +123,19 @@ class Trainer:
             self.scaler.step(self.optimizer)
         self.scaler.update()  # also after an overflow of fp16: it lowers the scale
         if not finite:  # in all processes alike: both figures are sums over them
-            return self._skip("the loss or its gradient is not finite", targets)
+            return self._skip("the loss or its gradient is not finite", targets, before)
         self.bad_in_a_row = 0
         return {**with_sums(dict(zip(totals, summed, strict=True))), "grad_norm": norm}
 
-    def _skip(self, problem: str | None, targets: list[dict[str, Any]]) -> dict[str, float]:
-        """Leaves a step out, and ends the run after too many of them in a row.
+    def _skip(self, problem: str | None, targets: list[dict[str, Any]], statistics: list[Tensor]) -> dict[str, float]:
+        """Leaves a step out, without a trace in the model, and ends the run after too many of them in a row.
 
         Raises:
             UserError: `max_bad_steps` in a row; names the images and what to try.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        for statistic, before in zip(self.statistics, statistics, strict=True):
+            statistic.copy_(before)
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= self.config.max_bad_steps:
             reports = self.here.gather((problem, [target["image_id"] for target in targets]))
@@ -154,14 +156,25 @@ class Trainer:
         if self.step == self.epoch * self.steps_per_epoch:
             self.sums = {}
         loader.batch_sampler.seek(self.epoch, self.step - self.epoch * self.steps_per_epoch)
-        end = time.perf_counter()
-        for images, targets in loader:
+        batches, end = iter(loader), time.perf_counter()
+        for _ in range(self.step - self.epoch * self.steps_per_epoch, self.steps_per_epoch):
+            error, images, targets = None, [], []
+            try:
+                images, targets = next(batches)
+            except (UserError, OSError) as problem:  # a picture that only this process has met
+                error = problem
             waited = time.perf_counter() - end
             own = sum(len(target["labels"]) for target in targets)
             # Before the step, so that all processes know all objects, one's wish to stop, and the main one's clock.
-            num_objects, num_images, self.stopping, self.save_due = self.here.sum(
-                own, len(images), self.stop.signal is not None, self.here.is_main and self.clock.is_due()
+            num_objects, num_images, self.stopping, self.save_due, errors = self.here.sum(
+                own,
+                len(images),
+                self.stop.signal is not None,
+                self.here.is_main and self.clock.is_due(),
+                error is not None,
             )
+            if errors:
+                self.here.raise_together(error)
             if self.stopping:
                 break
             values = self.train_step(images, targets, num_objects)
@@ -188,6 +201,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "bad_in_a_row": self.bad_in_a_row,
             "sums": dict(self.sums),
             "rng": self.here.gather(rng),
         }
@@ -198,7 +212,8 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another model or data set, or not of a training run.
         """
-        if missing := [key for key in ("optimizer", "schedule", "epoch", "step", "rng") if key not in checkpoint]:
+        needed = ("optimizer", "schedule", "scaler", "epoch", "step", "best", "bad_in_a_row", "sums", "rng")
+        if missing := [key for key in needed if key not in checkpoint]:
             raise UserError(f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}; try --weights")
         step = checkpoint["step"]
         if step - checkpoint["epoch"] * self.steps_per_epoch not in range(self.steps_per_epoch + 1):
@@ -208,40 +223,17 @@ class Trainer:
             )
         load_strictly(self.model, checkpoint["model"], path)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay
+        if checkpoint["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step, self.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
-        self.sums = checkpoint["sums"]
+        self.sums, self.bad_in_a_row = checkpoint["sums"], checkpoint["bad_in_a_row"]
         if len(checkpoint["rng"]) == self.here.size:
             rng = checkpoint["rng"][self.here.rank]
             torch.set_rng_state(rng["cpu"])
             if "cuda" in rng and self.here.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], self.here.device)
-
-
-def prepare_output(folder: Path, resuming: bool) -> None:
-    """Makes the output folder, and finds out before the first epoch whether it can be written.
-
-    Raises:
-        UserError: another run is in it. OSError: it cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
-    if not resuming and (folder / "last.pt").exists():
-        raise UserError(f"{folder} holds a run (last.pt): go on with --resume auto, or give another --output")
-
-
-def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
-    """One-to-one matching leaves objects unmatched in images that have more of them than there are proposals."""
-    counts = dataset.objects_per_image
-    if (counts > num_proposals).any():
-        warnings.warn(
-            f"{int((counts > num_proposals).sum())} of {len(counts)} training images have more objects (up to "
-            f"{int(counts.max())}) than the model has proposals ({num_proposals}); in each only {num_proposals} are "
-            "learned at a time. Consider a larger --num-proposals",
-            stacklevel=2,
-        )
 
 
 @dataclass(frozen=True)
@@ -274,19 +266,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; a user's mistake raises `UserError`. Returns the exit status: 0, or 128 + a signal's number."""
     args, checkpoint = read_args(sys.argv[1:] if argv is None else list(argv))
     with world(args.device) as here:
-        train_set = make_dataset(args.config, "train")
+        names = checkpoint["class_names"] if checkpoint is not None else None
+        train_set = make_dataset(args.config, "train", class_names=names)
         val_set = make_dataset(args.config, "val", class_names=train_set.class_names)
-        config = replace(args.config, num_classes=len(train_set.class_names))
+        config, error = replace(args.config, num_classes=len(train_set.class_names)), None
         if not train_set.objects_per_image.any():
             raise UserError("train: the training images have no objects at all, there is nothing to learn from")
-        if here.is_main:
-            warn_of_crowded_images(train_set, config.num_proposals)
-            prepare_output(args.output, resuming=checkpoint is not None)
+        try:
+            if here.is_main:
+                warn_of_crowded_images(train_set, config.num_proposals)
+                prepare_output(args.output, args.resume)
             for dataset in filter(None, (train_set, val_set)) if args.check_data else ():
-                check_data(dataset)
-        here.gather(None)  # the others wait until the main process has found nothing wrong
+                check_data(dataset, here.rank, here.size)
+        except (UserError, OSError) as problem:
+            error = problem
+        here.raise_together(error)
         batches = GroupedBatches(train_set.sizes_hw, config.batch_size, config.seed, here.rank, here.size)
-        trainer = Trainer(config, here, len(batches))
+        trainer = Trainer(config, here, len(batches), pretrained_backbone=checkpoint is None)
         notes = []
         if checkpoint is not None:
             trainer.restore(checkpoint, args.resume)
@@ -305,34 +301,41 @@ def train(trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output:
     config, here, train_set = trainer.config, trainer.here, loader.dataset.dataset
 
     def save(name: str) -> None:
-        state = trainer.state(train_set)
-        if here.is_main:
-            save_checkpoint(output / name, state)
+        state, error = trainer.state(train_set), None
+        try:
+            if here.is_main:
+                save_checkpoint(output / name, state)
+        except OSError as problem:
+            error = problem
+        here.raise_together(error)
         trainer.clock.restart()
 
     while trainer.epoch < config.epochs:
         for _ in report.progress(trainer.train_epoch(loader), trainer):
             if trainer.save_due:
                 save("last.pt")
+        here.copy_buffers(trainer.model)
         save("last.pt")  # before the evaluation, which may take long
-        if trainer.stopping or any(here.gather(trainer.stop.signal)):
-            signals = [number for number in here.gather(trainer.stop.signal) if number]
+        if signals := [number for number in here.gather(trainer.stop.signal) if number]:
             trainer.stop.signal = signals[0]
             report.say(f"stopped by signal {signals[0]} at step {trainer.step}; saved {output / 'last.pt'}")
             return 128 + signals[0]
         metrics: dict[str, Any] = {}
         if val_set is not None and ((trainer.epoch + 1) % config.eval_every == 0 or trainer.epoch + 1 == config.epochs):
             size = config.micro_batch or config.batch_size // here.size
-            metrics, _ = evaluate(trainer.model, val_set, here, batch_size=size, workers=config.workers, amp=config.amp)
+            with trainer.stop.obeyed(f"in an evaluation; {output / 'last.pt'} is from right before it"):
+                metrics, _ = evaluate(
+                    trainer.model, val_set, here, batch_size=size, workers=config.workers, amp=config.amp
+                )
             report.say(format_table(metrics))
         trainer.epoch += 1
         improved = metrics.get("AP", -1.0) > trainer.best
         trainer.best = max(trainer.best, metrics.get("AP", -1.0))
         report.end_epoch(trainer, metrics)
-        save("last.pt")
-        if improved:
+        if improved:  # before last.pt, which says that it is done
             save("best.pt")
-    report.say(f"written: {output}/last.pt, best.pt, metrics.jsonl, config.json, curves.png")
+        save("last.pt")
+    report.say(f"written: {', '.join(sorted(path.name for path in output.iterdir()))} in {output}")
     return 0
 
 

@@ -133,7 +133,8 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
 
     plot(loss_axes, {"loss": "sum", "loss_cls": "class (focal)", "loss_l1": "L1", "loss_giou": "GIoU"})
     loss_axes.set(title="training loss, summed over stages", ylabel="loss", ylim=(0, None))
-    loss_axes.legend()
+    if loss_axes.lines:
+        loss_axes.legend()
     plot(ap_axes, {"AP": "AP", "AP50": "AP50", "AP75": "AP75"})
     ap_axes.set(title="validation", ylabel="AP (fraction of 1)", ylim=(0, 1))
     if ap_axes.lines:

@@ -82,6 +82,12 @@ def test_dict_round_trip_also_through_json_lists() -> None:
         ({"lr": float("nan")}, ["lr"]),
         ({"prior_prob": 1.0}, ["prior_prob"]),
         ({"workers": -1}, ["workers"]),
+        ({"seed": -1}, ["seed"]),
+        ({"seed": 2**70}, ["seed"]),
+        ({"weight_decay": -1.0}, ["weight_decay"]),
+        ({"dropout": 1.0}, ["dropout"]),
+        ({"num_reg_layers": -1}, ["num_reg_layers"]),
+        ({"lr": float("inf")}, ["lr"]),
     ],
 )
 def test_unknown_keys_wrong_types_and_senseless_values_are_errors(values: dict, words: list[str]) -> None:

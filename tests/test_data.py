@@ -122,7 +122,7 @@ def test_degenerate_boxes_give_one_warning(folder: Path) -> None:
     message = str(caught[0].message)
     for part in ("labels.json", "4 of zero or negative", "2 wholly outside", "21, 22, 23, 24, 25"):
         assert part in message
-    assert "27" not in message
+    assert "27" not in message.rsplit("ids", 1)[1]
     assert dataset.objects_per_image.tolist() == [2, 0, 2]  # the tiny one, 28, is kept
     # What is not trained on is evaluated all the same.
     assert {21, 22, 24, 25, 27, 14} <= set(dataset.coco().getAnnIds())

@@ -153,13 +153,19 @@ def test_the_gradient_is_the_same_however_the_batch_is_divided(two: list[dict]) 
         assert all(off < 1e-4 * norm + 1e-7 for off, norm in norms.values()), title
 
 
-def test_a_nan_in_one_process_skips_the_step_in_all(two: list[dict]) -> None:
+@pytest.mark.parametrize("key", ["poisoned", "poisoned_parts"])
+def test_a_nan_in_one_process_skips_the_step_in_all(key: str, two: list[dict]) -> None:
     for result in two:
-        poisoned = result["poisoned"]
+        poisoned = result[key]
         assert poisoned["skipped"] == {"bad_steps": 1.0} and poisoned["unchanged"]
         assert np.isfinite(poisoned["loss"])
         assert "3 steps in a row" in poisoned["message"] and "103" in poisoned["message"]
         assert "--lr" in poisoned["message"] and "target boxes" in poisoned["message"]
+
+
+def test_running_statistics_are_the_main_process_s_before_an_evaluation(two: list[dict]) -> None:
+    (own, equal), (other, also) = (result["buffers"] for result in two)
+    assert own == equal == also and other != own
 
 
 def test_evaluation_sees_every_image_once_and_equals_one_process(two: list[dict]) -> None:

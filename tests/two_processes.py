@@ -44,9 +44,9 @@ def gradients(here, micro_batch: int | None, rank: int, size: int) -> dict[str, 
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def poisoned(here, rank: int, size: int) -> dict:
+def poisoned(here, micro_batch: int | None, rank: int, size: int) -> dict:
     """A NaN in one process: all skip the step, the next one is fine, and the run ends after too many in a row."""
-    trainer = Trainer(replace(FROZEN, max_bad_steps=3), here, steps_per_epoch=10)
+    trainer = Trainer(replace(FROZEN, max_bad_steps=3, micro_batch=micro_batch), here, steps_per_epoch=10)
     images, targets = batch()
     images, targets = images[rank::size], targets[rank::size]
     trainer.model.train()
@@ -66,6 +66,17 @@ def poisoned(here, rank: int, size: int) -> dict:
     return {"skipped": skipped, "unchanged": unchanged, "loss": fine["loss"], "message": message}
 
 
+def buffers_after_a_step(here) -> list[float]:
+    """The running statistics of trained batch norms, after each process saw other images, made equal."""
+    trainer = Trainer(replace(TINY, batch_size=4), here, steps_per_epoch=10)
+    images, targets = batch()
+    trainer.model.train()
+    trainer.train_step(images[here.rank :: here.size], targets[here.rank :: here.size], 10)
+    own = sum(buffer.double().sum().item() for buffer in trainer.model.buffers())
+    here.copy_buffers(trainer.model)
+    return [own, sum(buffer.double().sum().item() for buffer in trainer.model.buffers())]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with world("cpu") as here:
@@ -77,7 +88,9 @@ if __name__ == "__main__":
             "gather": here.gather(("rank", here.rank)),
             "whole": gradients(here, None, here.rank, here.size),
             "parts": gradients(here, 1, here.rank, here.size),
-            "poisoned": poisoned(here, here.rank, here.size),
+            "poisoned": poisoned(here, None, here.rank, here.size),
+            "poisoned_parts": poisoned(here, 1, here.rank, here.size),
+            "buffers": buffers_after_a_step(here),
             "metrics": {name: value for name, value in metrics.items() if name != "speed"},
             "detections": detections,
         }

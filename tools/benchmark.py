@@ -12,13 +12,12 @@ meantime slows them alike. Figures are medians of the repeats. Files come from t
 import json
 import os
 import platform
-import statistics
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ import PIL
 import torch
 import torchvision
 from PIL import Image, ImageDraw, features
-from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
@@ -41,40 +39,35 @@ Row = dict[str, Any]  # one line of a table: variant, workers, images_per_second
 def measure(variants: dict[tuple[str, int], Callable[[], int]], repeats: int) -> list[Row]:
     """Images/s of every variant, by its name and number of workers; it returns how many images it went through."""
     rates: dict[tuple[str, int], list[float]] = {key: [] for key in variants}
-    for repeat in range(repeats + 1):
+    for _ in range(1 + repeats):
         for key, run in variants.items():
             start = time.perf_counter()
-            rate = run() / (time.perf_counter() - start)
-            rates[key] += [rate] if repeat else []  # the first time is the warm-up
+            rates[key].append(run() / (time.perf_counter() - start))
     rows = []
-    for (name, workers), found in rates.items():
-        median = statistics.median(found)
-        speed = {"images_per_second": median, "min": min(found), "max": max(found)}
-        rows.append({"variant": name, "workers": workers, **speed, "per_worker": median / max(1, workers)})
+    for (name, workers), (_, *found) in rates.items():  # the first one is the warm-up
+        median, spread = float(np.median(found)), {"min": min(found), "max": max(found)}
+        speed = {"images_per_second": median, **spread, "per_worker": median / max(1, workers)}
+        rows.append({"variant": name, "workers": workers, **speed})
     return rows
 
 
 def format_table(rows: Sequence[Row]) -> str:
     """Markdown, one decimal."""
-    lines = ["| variant | workers | images/s, median | min – max | images/s per worker |", "|---|---:|---:|---:|---:|"]
-    for row in rows:
-        line = "| {variant} | {workers} | {images_per_second:.1f} | {min:.1f} – {max:.1f} | {per_worker:.1f} |"
-        lines.append(line.format(**row))
-    return "\n".join(lines)
+    head = ["| variant | workers | images/s, median | min – max | images/s per worker |", "|---|---:|---:|---:|---:|"]
+    line = "| {variant} | {workers} | {images_per_second:.1f} | {min:.1f} – {max:.1f} | {per_worker:.1f} |"
+    return "\n".join([*head, *(line.format(**row) for row in rows)])
 
 
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, cores that this process may use, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")  # Linux alone has it
+    name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     return {
-        "device": names[0] if names else platform.processor() or platform.machine(),
+        "device": name[1] if name else platform.processor() or platform.machine(),
         "cores": usable_workers(os.cpu_count() or 1),
         "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "Pillow": f"{PIL.__version__} (libjpeg-turbo {features.version('libjpeg_turbo')})",
+        **{library.__name__: library.__version__ for library in (torch, torchvision, PIL)},
+        "libjpeg-turbo": features.version("libjpeg_turbo"),
     }
 
 
@@ -82,9 +75,8 @@ def report(output: Path, command: str, used: dict[str, Any], rows: list[Row], **
     """Prints what was measured, and adds it as a line to the file of all measurements."""
     conditions = {**machine(), **used}
     print(", ".join(f"{name} {value}" for name, value in conditions.items()) + f"\n\n{format_table(rows)}\n")
+    line = {"command": command, "time": time.strftime("%FT%TZ", time.gmtime()), **conditions, "rows": rows, **figures}
     output.parent.mkdir(parents=True, exist_ok=True)
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    line = {"command": command, "time": when, **conditions, "rows": rows, **figures}
     with output.open("a") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(*(f"{name}: {value:.2f}" for name, value in figures.items()), f"written: a line of {output}", sep="\n")
@@ -111,14 +103,14 @@ def make_pictures(folder: Path, count: int, seed: int, width: int = 640, height:
             (x, y), (w, h) = rng.uniform(0, 0.8, 2) * (width, height), rng.uniform(0.03, 0.2, 2) * (width, height)
             outline = draw.ellipse if rng.random() < 0.5 else draw.rectangle
             outline((x, y, x + w, y + h), fill=tuple(rng.integers(0, 256, 3).tolist()))
-            known = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1}
-            annotations.append({**known, "bbox": [x, y, w, h]})
+            box = {"image_id": image_id, "category_id": 1, "bbox": [x, y, w, h]}
+            annotations.append({"id": len(annotations) + 1, **box})
         grain = rng.normal(0, rng.uniform(3, 6), (height, width, 1))
         Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{image_id}.jpg", quality=90)
         images.append({"id": image_id, "file_name": f"{image_id}.jpg", "width": width, "height": height})
-    coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
-    (folder / "labels.json").write_text(json.dumps(coco))
-    return str(folder / "labels.json"), str(folder)
+    coco, file = {"images": images, "annotations": annotations}, folder / "labels.json"
+    file.write_text(json.dumps({**coco, "categories": [{"id": 1, "name": "object"}]}))
+    return str(file), str(folder)
 
 
 class PilDataset(Dataset):
@@ -127,7 +119,7 @@ class PilDataset(Dataset):
     def __init__(self, dataset: CocoDataset):
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         with Image.open(os.path.join(self.dataset.image_dir, self.dataset.file_names[index])) as file:
             picture = file.convert("RGB")
         picture, target = self.dataset.transforms(picture, self.dataset.target(index))
@@ -156,23 +148,21 @@ def measure_data(dataset: CocoDataset, indices: Sequence[int], args: DataArgs) -
     def loader(workers: int) -> Callable[[], int]:
         many = keys * max(1, workers)  # every worker gets as much as one alone
         batches = [many[i : i + args.batch_size] for i in range(0, len(many), args.batch_size)]
-        batches = make_loader(dataset, batches, workers, reseeded=True)
-        return lambda: sum(len(images) for images, _ in batches)
+        loaded = make_loader(dataset, batches, workers, reseeded=True)
+        return lambda: sum(len(images) for images, _ in loaded)
 
     variants = {("ours", 0): alone(Reseeded(dataset)), ("PIL", 0): alone(Reseeded(PilDataset(dataset)))}
     variants |= {("ours, loader", n): loader(n) for n in sorted({usable_workers(n) for n in args.workers})}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader's worker
-    try:
-        return measure(variants, args.repeats)
-    finally:
-        torch.set_num_threads(threads)
+    rows = measure(variants, args.repeats)
+    torch.set_num_threads(threads)
+    return rows
 
 
 def benchmark_data(argv: Sequence[str]) -> None:
     """The command `data`."""
-    what = "Images/s of decoding and augmenting, ours and on PIL images, and of a whole loader."
-    args = parse_args(argv, DataArgs, "python -m tools.benchmark data", what)
+    args = parse_args(argv, DataArgs, "python -m tools.benchmark data", "Images/s of decoding and augmenting.")
     if min(args.images, args.repeats, args.batch_size) < 1 or min((args.seed, *args.workers)) < 0:
         raise UserError("data: --images, --repeats and --batch-size are at least 1, --workers and --seed at least 0")
     with tempfile.TemporaryDirectory() as folder:
@@ -184,12 +174,9 @@ def benchmark_data(argv: Sequence[str]) -> None:
         kilobytes = [os.path.getsize(os.path.join(files[1], dataset.file_names[i])) / 1000 for i in indices]
         rows = measure_data(dataset, indices, args)
     height, width = np.median(dataset.sizes_hw[indices], axis=0).astype(int)
-    used = {
-        "resolution": f"{width}×{height} px ({statistics.mean(kilobytes):.0f} kB) to "
-        f"{min(config.min_sizes)}-{max(config.min_sizes)}/{config.max_size}",
-        "images": len(indices),
-        "repeats": args.repeats,
-    }
+    sizes = f"{min(config.min_sizes)}-{max(config.min_sizes)}/{config.max_size}"
+    resolution = f"{width}×{height} px ({np.mean(kilobytes):.0f} kB) to {sizes}"
+    used = {"resolution": resolution, "images": len(indices), "repeats": args.repeats}
     ratio = rows[0]["images_per_second"] / rows[1]["images_per_second"]
     report(args.output, "data", used, rows, ours_over_pil=ratio)
 
@@ -204,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(f"{__doc__}\n`python -m tools.benchmark COMMAND --help` lists a command's flags.")
     if command not in COMMANDS:
         wrong = f"no such command as {command}" if command else "no command given"
-        raise UserError(f"{wrong}; there is: {', '.join(COMMANDS)} (python -m tools.benchmark --help)")
+        raise UserError(f"{wrong}; commands: {', '.join(COMMANDS)} (python -m tools.benchmark --help)")
     COMMANDS[command](rest)
 
 
