@@ -16,6 +16,7 @@ $(READY): requirements.txt
 	touch $(READY)
 
 demo: $(READY)
+	@rm -rf runs/demo
 	@start=$$(date +%s) && \
 	$(RUN) train.py --preset shapes --output runs/demo && \
 	$(RUN) evaluate.py --weights runs/demo/last.pt --output runs/demo --workers 0 --per-class && \
