@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 $(READY): requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \"Python 3.11 or newer is needed: make PYTHON=python3.12\")"
 	$(PYTHON) -m venv $(VENV)
+	echo '*' > $(VENV)/.gitignore
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
 

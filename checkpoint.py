@@ -11,7 +11,8 @@ A checkpoint is a dict of tensors and plain values, always read with `torch.load
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, UserError
+from data import CocoDataset, ShapesDataset, make_dataset
 from model import SparseRCNN, build_model
 from tools.convert import convert_checkpoint
 
@@ -64,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: not a checkpoint of tensors and plain values; nothing else is loaded, as a pickle can run any "
-            f"code ({first_line(error)})"
+            f'code ({first_line(error)}). Of a training checkpoint of MMDetection, save its "state_dict" alone'
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
@@ -116,12 +118,13 @@ def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str 
     model.load_state_dict(state_dict)
 
 
-def load_what_fits(model: nn.Module, path: str | Path) -> list[str]:
+def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> list[str]:
     """Starts a model from other weights, for fine-tuning: tensors of the same name and shape are taken over.
 
     Args:
-        model: changed in place; the class layers start anew where the number of classes differs.
+        model: changed in place.
         path: a checkpoint of ours, of the authors' code or of MMDetection.
+        class_names: what the model is to learn; the class layers start anew where ours in the file are others.
 
     Returns:
         Lines that say what was taken over and what was not.
@@ -133,13 +136,18 @@ def load_what_fits(model: nn.Module, path: str | Path) -> list[str]:
     is_ours = all(key in checkpoint for key in _KEYS)
     theirs = checkpoint["model"] if is_ours else convert_checkpoint(checkpoint)
     own = model.state_dict()
-    fitting = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
+    other_classes = is_ours and list(checkpoint["class_names"]) != list(class_names)
+    fitting = {
+        key: value
+        for key, value in theirs.items()
+        if key in own and own[key].shape == value.shape and not (other_classes and ".cls_logits." in key)
+    }
     if not fitting:
         raise UserError(f"{path}: not one of its {len(theirs)} tensors fits the model; is it of another --preset?")
     model.load_state_dict(fitting, strict=False)
     lines = [f"{path}: took over {len(fitting)} of the model's {len(own)} tensors"]
     for title, keys in (
-        ("start anew (another shape)", [key for key in own if key in theirs and key not in fitting]),
+        ("start anew (another shape or other classes)", [key for key in own if key in theirs and key not in fitting]),
         ("start anew (not in the file)", [key for key in own if key not in theirs]),
         ("left over in the file", [key for key in theirs if key not in own]),
     ):
@@ -159,3 +167,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Sp
     model = build_model(config, pretrained_backbone=False)
     load_strictly(model, checkpoint.pop("model"), path)
     return model.to(device).eval(), checkpoint
+
+
+def validation_set(checkpoint: dict[str, Any], **overrides: Any) -> CocoDataset | ShapesDataset:
+    """What a checkpoint of `load_model` is evaluated on; `overrides` that are not None replace its config's fields.
+
+    Raises:
+        UserError: as `make_dataset`, or there is nothing to evaluate on.
+    """
+    config = replace(checkpoint["config"], **{name: value for name, value in overrides.items() if value is not None})
+    dataset = make_dataset(config, "val", class_names=checkpoint["class_names"])
+    if dataset is None:
+        raise UserError("the checkpoint names no validation data; give --val-json and --val-images")
+    return dataset

@@ -9,6 +9,7 @@ Shapes: M objects of an image, T objects of all images, K classes.
 
 Deviations (ours | paper | authors' code | why)
     torchvision's antialiased bilinear resize | not told | Pillow's | faster; seen to differ by at most 1 of 255 levels
+    boxes without area are left out with a warning | not told | left out | data sets have such boxes
     resize, then flip | not told | flip, then resize | independent draws: the same pictures are equally likely
 """
 

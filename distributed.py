@@ -85,24 +85,28 @@ def world(device_name: str) -> Iterator[World]:
     Raises:
         UserError: the device is not there.
     """
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and device_name in ("auto", "cuda"):
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"  # at once: even a look at GPU 0 would take memory there
     device = pick_device(device_name)
-    if device.type == "cuda":
-        own = os.environ.get("LOCAL_RANK") or device.index or 0
-        device = pick_device(f"cuda:{own}")
+    if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         yield World(device)
         return
     # A process that waits longer than this for the others gives up: a hang is worse than an error.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    is_done = False
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
+        is_done = True
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise UserError(f"lost the other processes, the first error above is the cause ({error})") from None
         raise
-    # Not after an error: with NCCL it would wait for processes that wait for this one.
-    dist.destroy_process_group()
+    finally:
+        # After an error NCCL would wait here for processes that wait for this one; gloo lets go.
+        if is_done or device.type != "cuda":
+            dist.destroy_process_group()
 
 
 class Guarded(nn.Module):

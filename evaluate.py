@@ -16,9 +16,9 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,9 +28,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoint import load_model, validation_set
 from config import UserError, parse_args, run_main
-from data import make_dataset
 from distributed import World, make_loader, world
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -143,7 +142,7 @@ def coco_metrics(ground_truth: COCO, detections: list[dict[str, Any]], max_dets:
     Args:
         ground_truth: the annotations.
         detections: dicts of image_id, category_id, bbox (xywh px), score; may be empty.
-        max_dets: detections an image that count, the best ones.
+        max_dets: detections an image and class that count, the best ones, as pycocotools has it.
 
     Returns:
         AP, AP50, AP75, APs, APm, APl, AR (at max_dets), as fractions, −1 where not defined; `per_class`: name -> AP.
@@ -204,7 +203,7 @@ def format_table(metrics: dict[str, Any], per_class: bool = False) -> str:
     lines = [
         "  ".join(f"{name:>5}" for name in names),
         "  ".join(percent(metrics[name]) for name in names),
-        f"{metrics['images']} images, at most {metrics['max_dets']} detections each; {speed['fps']:.1f} images/s "
+        f"{metrics['images']} images, {metrics['max_dets']} detections a class and image; {speed['fps']:.1f} images/s "
         f"({speed['device']}, {speed['dtype']}, {speed['resolution']}, batch {speed['batch_size']})",
     ]
     if per_class:
@@ -222,28 +221,23 @@ class EvaluateArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     batch_size: int = 1  # images at a time, of equal size
     workers: int = 4  # processes that load images; 0 loads them in the main process
-    max_dets: int = 100  # detections an image that count (COCO: 100)
+    max_dets: int = 100  # detections an image and class that count (COCO: 100)
     test_size: int | None = None  # pixels: the shortest side of the images; by default that of the checkpoint
     max_size: int | None = None  # pixels: but its longest side never more; by default that of the checkpoint
-    amp: str = "off"  # off, bf16 or fp16: mixed precision
+    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
     per_class: bool = False  # print the AP of every class
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake raises `UserError`."""
     args = parse_args(argv, EvaluateArgs, "evaluate.py", "COCO AP and frames per second of a checkpoint.")
-    if args.amp not in ("off", "bf16", "fp16") or args.batch_size < 1 or args.max_dets < 1 or args.workers < 0:
-        raise UserError("evaluate: --amp is off, bf16 or fp16; --batch-size and --max-dets are at least 1, --workers 0")
+    if min(args.batch_size, args.max_dets) < 1 or args.workers < 0:
+        raise UserError("evaluate: --batch-size and --max-dets should be at least 1, --workers at least 0")
     with world(args.device) as here:
         args.output.mkdir(parents=True, exist_ok=True)
         model, checkpoint = load_model(args.weights, here.device)
         overrides = {name: getattr(args, name) for name in ("val_json", "val_images", "test_size", "max_size")}
-        config = replace(
-            checkpoint["config"], **{name: value for name, value in overrides.items() if value is not None}
-        )
-        dataset = make_dataset(config, "val", class_names=checkpoint["class_names"])
-        if dataset is None:
-            raise UserError("evaluate: the checkpoint names no validation data; give --val-json and --val-images")
+        dataset = validation_set(checkpoint, **overrides)
         metrics, detections = evaluate(
             model, dataset, here, args.max_dets, batch_size=args.batch_size, workers=args.workers, amp=args.amp
         )

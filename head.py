@@ -24,6 +24,7 @@ Deviations (ours | paper | authors' code | why)
     LayerNorm and ReLU after `linear2` | not in the pseudocode | the same as ours | the published weights need them
     weights are initialised by name | — | by shape: every tensor whose last size is K gets the class bias | with 4, 64
         or 256 classes that also overwrites box layers, norms or nearly everything
+    the dynamic interaction trains in float32 where autocast is float16 | — | float32 | see `DynamicInteraction.forward`
 """
 
 import math
@@ -92,9 +93,10 @@ class DynamicInteraction(nn.Module):
         """pro_feats (N, C), roi_feats (N, R·R, C) -> obj_feats (N, C)."""
         device, dtype = roi_feats.device.type, torch.get_autocast_dtype(roi_feats.device.type)
         is_on = torch.is_autocast_enabled(device)
-        # Bins outside of the image are all zeros. There both norms divide by sqrt(eps): on the way back they multiply
-        # the gradient by 316 each, far beyond float16's 65504, and that infinity times the bin's zeros is NaN. In
-        # float32 and bfloat16 it is a large number times zero, so only training in float16 leaves its dtype here.
+        # Bins outside of the image are all zeros. There norm1 divides by sqrt(eps), and norm2 by little more while its
+        # input is tiny: on the way back each multiplies the gradient by up to 316, beyond float16's 65504 together, and
+        # that infinity times the bin's zeros is NaN. In float32 and bfloat16 it is a large number times zero, so only
+        # training in float16 leaves its dtype here.
         if is_on and dtype == torch.float16 and torch.is_grad_enabled():
             is_on, pro_feats, roi_feats = False, pro_feats.float(), roi_feats.float()
         with torch.autocast(device, dtype, enabled=is_on):

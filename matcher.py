@@ -19,9 +19,10 @@ The file imports nothing of this project: copied alone it runs.
 tensor([1])
 
 Deviations (ours | paper | authors' code | why)
-    one transfer to the host a step | — | one a stage | each waits for the device; the assignment is the same
+    matching makes one transfer to the host a step | — | one a stage | each waits for the device; the same assignment
     only an image's own objects are compared with its proposals | — | all objects of the batch | B times less work
-    more objects than proposals: as many as there are proposals get one | — | crashes | real data has such images
+    of more objects than proposals, as many as there are proposals get one | — | crashed in early versions | real data
+        has such images
 """
 
 from collections.abc import Sequence
@@ -120,7 +121,9 @@ class HungarianMatcher(nn.Module):
             FloatingPointError: a cost is not finite; names image, stage and likely cause.
         """
         sizes = [len(target["labels"]) for target in targets]
-        cost = self.cost(logits, boxes_px, targets, whwh_px).cpu().numpy()  # (M, S, N); the step's only transfer
+        cost = (
+            self.cost(logits, boxes_px, targets, whwh_px).cpu().numpy()
+        )  # (M, S, N); matching's only transfer to the host
         if not np.isfinite(cost).all():
             raise FloatingPointError(self._explain(cost, sizes, targets))
 

@@ -11,9 +11,6 @@ Shapes: B images, N proposals, C channels, S stages, K classes, M objects of one
 Padding is not masked, as in the authors' code: images are padded with zeros on the right and bottom to a common
 multiple of 32, and frozen batch norms make something of zeros. So an image's detections depend a little on how far it
 was padded. Images of equal padded size give the same detections alone and together; `evaluate.py` batches only such.
-
-Deviations (ours | paper | authors' code | why)
-    boxes without area after clipping are dropped | — | kept | they cannot be right, and consumers divide by the area
 """
 
 from collections.abc import Sequence

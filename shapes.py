@@ -1,6 +1,6 @@
 """The embedded Shapes data set: pictures of coloured shapes with boxes and labels, drawn when they are asked for.
 
-No files and no network: `make demo`, the tests, the notebooks and the ablations run on it. In goes (level, split,
+No files and no network: `make demo` and the tests run on it. In goes (level, split,
 length); out come (image, target) pairs and COCO-format ground truth, by the same interface as `data.CocoDataset`.
 
     demo      1-5 objects of 3 classes, sides 12-50 % of the picture (uniform), boxes overlap up to an IoU of 0.1,

@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trainer.restore(checkpoint, args.resume)
             notes = [f"resumed from {args.resume} at step {trainer.step} of {trainer.total_steps}"]
         elif args.weights:
-            notes = load_what_fits(trainer.model, args.weights)
+            notes = load_what_fits(trainer.model, args.weights, train_set.class_names)
         if here.is_main:
             print_summary(config, here, trainer.model, train_set, val_set, notes)
         loader = make_loader(train_set, batches, config.workers, reseeded=True)

@@ -20,9 +20,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from checkpoint import load_model
-from config import parse_args, run_main
-from data import make_dataset
+from checkpoint import load_model, validation_set
+from config import UserError, parse_args, pick_device, run_main
 from model import SparseRCNN
 
 matplotlib.use("Agg")
@@ -147,6 +146,9 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
 @dataclass(frozen=True)
 class PictureArgs:
     weights: Path  # checkpoint
+    val_json: str | None = None  # annotations (COCO format); by default those of the training run
+    val_images: str | None = None  # folder that the file names in --val-json start from
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     output: Path = Path("runs/pictures")  # folder for detections.png and stages.png
     images: int = 8  # pictures of the validation data to draw
     score_threshold: float = 0.4  # detections below it are not drawn
@@ -157,8 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(
         argv, PictureArgs, "visualize.py", "Pictures of a checkpoint's detections on its validation data."
     )
-    model, checkpoint = load_model(args.weights)
-    dataset = make_dataset(checkpoint["config"], "val", class_names=checkpoint["class_names"])
+    if args.images < 1:
+        raise UserError("visualize: --images should be at least 1")
+    model, checkpoint = load_model(args.weights, pick_device(args.device))
+    dataset = validation_set(checkpoint, val_json=args.val_json, val_images=args.val_images)
     args.output.mkdir(parents=True, exist_ok=True)
     images = [dataset[i][0] for i in range(min(args.images, len(dataset)))]
     columns = min(4, len(images))

@@ -171,10 +171,14 @@ def test_only_images_of_one_size_are_batched() -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     torch.manual_seed(0)
+    model = build_model(TINY)
+    for stage in model.head.stages:  # boxes stay what the proposals are: the whole image
+        nn.init.zeros_(stage.box_deltas.weight)
+        nn.init.zeros_(stage.box_deltas.bias)
     save_checkpoint(
         path,
         {
-            "model": build_model(TINY).state_dict(),
+            "model": model.state_dict(),
             "config": TINY.to_dict(),
             "class_names": ["cat", "dog", "cow"],
             "category_ids": [1, 2, 3],
@@ -187,6 +191,13 @@ def test_the_command_line_writes_what_it_prints(weights: Path, make_coco, tmp_pa
     def empty(coco: dict) -> None:
         coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != 2]
         coco["annotations"][0]["iscrowd"] = 1
+        # With objects as large as the image the AP is not 0.
+        whole = {"bbox": [0, 0, 64, 48], "area": 64 * 48, "iscrowd": 0}
+        coco["annotations"] += [
+            {**whole, "id": 90 + 3 * k + c, "image_id": image_id, "category_id": category}
+            for k, image_id in enumerate((1, 3, 4))
+            for c, category in enumerate((7, -3, 1000))
+        ]
 
     json_file, folder = make_coco(num_images=5, edit=empty)
     command = [sys.executable, str(ROOT / "evaluate.py"), "--weights", str(weights), "--device", "cpu"]
@@ -195,7 +206,12 @@ def test_the_command_line_writes_what_it_prints(weights: Path, make_coco, tmp_pa
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     detections = json.loads((tmp_path / "out/detections.json").read_text())
-    assert f"{100 * metrics['AP']:.1f}" in done.stdout and "5 images" in done.stdout and "cow" in done.stdout
+    assert (
+        metrics["AP"] > 0
+        and f"{100 * metrics['AP']:.1f}" in done.stdout
+        and "5 images" in done.stdout
+        and "cow" in done.stdout
+    )
     assert "float32" in done.stdout and "72×96" in done.stdout and "cpu" in done.stdout
     # The saved detections give the printed figures.
     truth = CocoDataset(json_file, folder).coco()

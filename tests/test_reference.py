@@ -1,7 +1,6 @@
 """The paper's model, exactly: the authors' code and MMDetection on the same weights and images (tests/reference/)."""
 
 import json
-import os
 import zlib
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from config import Config
+from data import usable_workers
 from model import SparseRCNN, build_model
 from tools.convert import convert_checkpoint, rename
 
@@ -55,7 +55,7 @@ def weights(case: str) -> dict[str, torch.Tensor]:
 @cache
 def run(case: str) -> SimpleNamespace:
     """One forward pass of a case, and where it stores losses, one backward pass."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(min(8, usable_workers(8)))
     expected, recorded = json.loads((FOLDER / f"{case}.json").read_text()), dict(np.load(FOLDER / f"{case}.npz"))
     model = build_model(Config(), pretrained_backbone=False)
     model.load_state_dict(convert_checkpoint(weights(case)))

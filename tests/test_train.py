@@ -245,7 +245,8 @@ def start(flags: list[str], output: Path) -> subprocess.Popen:
 
 def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
     """Until a checkpoint of at least that step is there; every checkpoint on the way must be loadable."""
-    while process.poll() is None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
         if (output / "last.pt").exists() and load_checkpoint(output / "last.pt")["step"] >= step:
             return
         time.sleep(0.02)
@@ -253,17 +254,19 @@ def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
 
 def kill_again_and_again(times: int, flags: list[str], output: Path) -> None:
     """SIGKILL at random moments, writes among them, then to the end: never without a checkpoint that loads."""
-    rng, step = random.Random(times), 0
+    rng, step, kills = random.Random(times), 0, 0
     for _ in range(times):
         process = start(flags, output)
         wait_for_step(output, process, step + 1)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.communicate()
+        kills += process.returncode == -signal.SIGKILL
         step = load_checkpoint(output / "last.pt")["step"]
     process = start(flags, output)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
+    assert kills == times  # each in the middle of the run
     assert f"resumed from {output}/last.pt" in printed and not (output / "last.pt.tmp").exists()
 
 
@@ -362,8 +365,10 @@ def test_what_one_process_finds_wrong_ends_both_with_its_message(module_flags, m
     ):
         done = torchrun(TRAIN, *flags)
         messages = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-        assert len(messages) == 2 and all(words in message for message in messages), done.stderr
+        # torchrun ends a process that has not spoken yet as soon as the other one has exited.
+        assert messages and all(words in message for message in messages), done.stderr
         assert done.stderr.count("exitcode  : 2") >= 1 and "gloo" not in done.stderr
+        assert 'train.py", line' not in done.stderr  # no trace of ours
 
 
 def test_a_full_disk_names_the_file_and_keeps_the_old_one(module_flags: list[str], tmp_path: Path, monkeypatch) -> None:
@@ -447,13 +452,18 @@ def test_fine_tuning_keeps_what_fits_and_lists_the_rest(tmp_path: Path) -> None:
     contents = {"class_names": ["a", "b", "c"], "category_ids": [1, 2, 3]}
     save_checkpoint(path, {"model": source.state_dict(), "config": TINY.to_dict(), **contents})
     model = build_model(replace(TINY, num_classes=5))
-    lines = "\n".join(load_what_fits(model, path))
+    lines = "\n".join(load_what_fits(model, path, ["a", "b", "c", "d", "e"]))
     old, new = source.state_dict(), model.state_dict()
     changed = {name for name in new if not torch.equal(new[name], old[name])} if new.keys() == old.keys() else None
     assert changed == {f"head.stages.{s}.cls_logits.{p}" for s in range(TINY.num_stages) for p in ("weight", "bias")}
     assert all(name in lines for name in changed) and f"{len(new) - len(changed)} of the model's {len(new)}" in lines
+    renamed = build_model(TINY)
+    before = renamed.head.stages[0].cls_logits.weight.clone()
+    assert "other classes" in "\n".join(load_what_fits(renamed, path, ["a", "c", "b"]))
+    assert torch.equal(renamed.head.stages[0].cls_logits.weight, before)
+    assert torch.equal(renamed.proposal_feats, source.proposal_feats)
     with pytest.raises(UserError, match="not one of its"):
-        load_what_fits(torch.nn.Linear(2, 2), path)
+        load_what_fits(torch.nn.Linear(2, 2), path, [])
 
 
 def test_fine_tuning_from_the_authors_weights(tmp_path: Path) -> None:
@@ -462,7 +472,7 @@ def test_fine_tuning_from_the_authors_weights(tmp_path: Path) -> None:
     authors = weights("r50_100")
     torch.save({"model": authors}, tmp_path / "authors.pth")
     model = build_model(replace(PRESETS["r50-100"], num_classes=3), pretrained_backbone=False)
-    lines = load_what_fits(model, tmp_path / "authors.pth")
+    lines = load_what_fits(model, tmp_path / "authors.pth", ["a", "b", "c"])
     assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
     assert "cls_logits" in lines[1] and len(lines) == 2 and lines[1].count(",") == 2 * 6 - 1
 

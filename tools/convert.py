@@ -1,5 +1,5 @@
 """Published weights to ours: `python -m tools.convert IN OUT` reads a checkpoint of the authors' code (detectron2
-names) or of MMDetection and writes one that `evaluate.py`, `predict.py` and `train.py --weights` take.
+names) or of MMDetection and writes one that `evaluate.py` and `train.py --weights` take.
 
 Both describe the same network, so a conversion is a renaming; depth, N, K and S are read off names and shapes. The two
 tables below are also the dictionary between three vocabularies.
