@@ -10,6 +10,7 @@ Deviations (ours | paper | authors' code | why)
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_type_hints
@@ -236,6 +237,8 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
 
     A `main` that finished but skipped some inputs returns 1. Errors of the program itself keep their trace.
     """
+    # Without this Python shows the line of ours that warned, which tells a user nothing.
+    warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
     try:
         return main() or 0
     except (UserError, OSError, FloatingPointError) as error:

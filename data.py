@@ -308,9 +308,8 @@ def make_dataset(
     transforms = transforms or (train_transforms(config) if split == "train" else eval_transforms(config))
     json_file, folder = getattr(config, f"{split}_json"), getattr(config, f"{split}_images")
     if (json_file is None) != (folder is None):
-        raise UserError(
-            f"--{split}-{'json' if json_file is None else 'images'} is missing; it and its twin go together"
-        )
+        missing = "json" if json_file is None else "images"
+        raise UserError(f"--{split}-{missing} is missing; --{split}-json and --{split}-images go together")
     if json_file is not None:
         return CocoDataset(json_file, folder, transforms, class_names)
     if split == "val" and config.train_json is not None:

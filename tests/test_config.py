@@ -1,5 +1,6 @@
 """The recipe's numbers, and what the command line accepts."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -131,7 +132,9 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
             pick_device(name)
 
 
-def test_run_main_gives_the_contracts_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_main_gives_the_contracts_exit_codes(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # run_main changes it
+
     def refuse() -> None:
         raise UserError("that file is broken")
 
