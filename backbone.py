@@ -17,6 +17,7 @@ Deviations (ours | paper | authors' code | why)
 
 import os
 from functools import partial
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
@@ -38,11 +39,8 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    except (
-        URLError,
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a wrong checksum, or a file that is no checkpoint
+    # RuntimeError: a wrong checksum, or a broken file; the last two: a file that is something else
+    except (URLError, OSError, RuntimeError, UnpicklingError, EOFError) as error:
         raise FileNotFoundError(
             f"no ImageNet weights for {name}: {error}. Put {weights.url} at {path} (delete what is there if it is "
             "broken), or start from random weights with --no-pretrained-backbone --no-freeze-backbone"

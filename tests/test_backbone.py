@@ -1,0 +1,95 @@
+"""ImageNet weights: from torch.hub's cache, from a server, or an error that says what to do; shapes."""
+
+import functools
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.hub import load_state_dict_from_url
+from torchvision.models import resnet18
+
+import backbone
+from backbone import STRIDES, ResNetFPN, SmallFPN
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torch.hub's folder of checkpoints, empty."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the address at which its files are served."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """torchvision's table of weights, with another address."""
+    weights = SimpleNamespace(url=url, get_state_dict=lambda **options: load_state_dict_from_url(url, **options))
+    monkeypatch.setattr(backbone, "get_model_weights", lambda name: {"IMAGENET1K_V1": weights})
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 32)])
+def test_levels_have_the_documented_shapes(size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size)
+    for network in (ResNetFPN("resnet18", 24, pretrained=False), SmallFPN(24)):
+        shapes = [tuple(level.shape) for level in network(images)]
+        assert shapes == [(2, 24, size[0] // stride, size[1] // stride) for stride in STRIDES]
+
+
+def test_a_file_in_the_cache_is_used_without_a_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    state_dict = resnet18(weights=None).state_dict()
+    torch.save(state_dict, cache / "resnet18-f37072fd.pth")
+    assert torch.equal(ResNetFPN("resnet18").body["conv1"].weight, state_dict["conv1.weight"])
+
+
+def test_weights_are_downloaded_and_a_wrong_checksum_is_refused(
+    cache: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, address = server
+    state_dict = resnet18(weights=None).state_dict()
+    torch.save(state_dict, folder / "weights.pth")
+    digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()[:8]
+    (folder / "weights.pth").rename(folder / f"resnet18-{digest}.pth")
+    serve(monkeypatch, f"{address}/resnet18-{digest}.pth")
+    assert torch.equal(ResNetFPN("resnet18").body["conv1"].weight, state_dict["conv1.weight"])
+    assert (cache / f"resnet18-{digest}.pth").exists()
+
+    (folder / "resnet18-00000000.pth").write_bytes((folder / f"resnet18-{digest}.pth").read_bytes())
+    serve(monkeypatch, f"{address}/resnet18-00000000.pth")
+    with pytest.raises(FileNotFoundError, match="invalid hash"):
+        ResNetFPN("resnet18")
+    serve(monkeypatch, f"{address}/resnet18-11111111.pth")
+    with pytest.raises(FileNotFoundError, match="404"):
+        ResNetFPN("resnet18")
+
+
+def test_what_cannot_be_loaded_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, "http://127.0.0.1:9/resnet18-f37072fd.pth")  # nobody listens there
+    for contents in (None, b"", b"no weights", b"PK\x03\x04 cut off"):
+        if contents is not None:
+            (cache / "resnet18-f37072fd.pth").write_bytes(contents)
+        with pytest.raises(FileNotFoundError) as error:
+            ResNetFPN("resnet18")
+        for words in ("resnet18-f37072fd.pth", str(cache), "--no-pretrained-backbone"):
+            assert words in str(error.value)
