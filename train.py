@@ -94,7 +94,7 @@ class Trainer:
 
         This process's images go through in parts of `micro_batch`, whose gradients add up. Every loss is divided by
         `num_objects`, the object count of the whole effective batch over all processes and parts: that makes the
-        gradient the same however the batch is divided.
+        gradient the same however the batch is divided (but see the top of distributed.py).
         """
         size, dtype = self.config.micro_batch or len(images), AMP_DTYPES[self.config.amp]
         for group in self.optimizer.param_groups:
