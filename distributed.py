@@ -3,9 +3,9 @@
 The recipe is the same at any number of processes. The images of step s of epoch e depend on (seed, e, s) alone, and
 process r of P takes every P-th of them from the r-th on. How an image is augmented depends on (seed, e, image) alone,
 whichever process or worker does it. So one process and eight see the same batches, and a run that is resumed sees what
-it would have seen. Two things depend on the division: padding, which is not masked and is to the largest image that
-goes through at a time, and trained batch norms (`--backbone small`, `--no-freeze-backbone`), whose statistics are of the
-images that one process takes at a time.
+it would have seen. Two things depend on the division: padding, which is not masked and is to the largest of the images
+that go through at a time, and trained batch norms (`--backbone small`, `--no-freeze-backbone`), whose statistics are of
+the images that one process takes at a time.
 
 Deviations (ours | paper | authors' code | why)
     wide and tall images are shuffled apart, in batches of the whole effective size | — | each process fills batches of
