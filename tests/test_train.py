@@ -271,7 +271,7 @@ def kill_again_and_again(times: int, flags: list[str], output: Path) -> None:
 
 
 def test_killed_three_times(module_flags: list[str], tmp_path: Path) -> None:
-    flags = [*module_flags, "--shapes-train", "120", "--epochs", "1"]
+    flags = [*module_flags, "--shapes-train", "240", "--epochs", "1"]
     kill_again_and_again(3, flags, tmp_path / "killed")
     assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
     assert_same_weights(tmp_path / "killed/last.pt", tmp_path / "whole/last.pt")
