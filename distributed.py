@@ -246,10 +246,13 @@ class Reseeded(Dataset):
         return item
 
 
-def _ignore_signals(worker_id: int) -> None:
-    """Signals to all processes reach the workers too, but the step that the main process finishes still needs them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_the_group(worker_id: int) -> None:
+    """Signals to the whole process group pass a worker by: the step that the main process finishes still needs it.
+
+    They are not ignored: multiprocessing ends what is left of its workers with SIGTERM, and then waits for them.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     torch.set_num_threads(1)
 
 
@@ -270,6 +273,6 @@ def make_loader(dataset: Dataset, batches: Sequence | Sampler, workers: int, res
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_the_group,
         generator=torch.Generator(),  # for the loader's own draws: the global one is the model's
     )

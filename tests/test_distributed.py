@@ -176,3 +176,13 @@ def test_evaluation_sees_every_image_once_and_equals_one_process(two: list[dict]
         assert result["metrics"] == metrics
         by_image = [sorted(map(str, found)) for found in (result["detections"], detections)]
         assert by_image[0] == by_image[1]
+
+
+def test_a_process_ends_although_a_worker_is_still_there() -> None:
+    script = (
+        "import builtins, sys; from distributed import make_loader; from test_distributed import Drawing\n"
+        "builtins.kept = iter(make_loader(Drawing(), [[i] for i in range(20)], workers=1))\n"
+        "next(builtins.kept); sys.exit(3)"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    assert subprocess.run([sys.executable, "-c", script], env=env, timeout=90).returncode == 3
