@@ -6,7 +6,8 @@ A checkpoint is a dict of tensors and plain values, always read with `torch.load
     config         `Config.to_dict()`
     class_names    K names, in the order of the labels
     category_ids   K ids of the training annotations, in the same order
-    optimizer, schedule, epoch, step, rng, best     in training only: what `train.py --resume` needs
+    optimizer, schedule, scaler, epoch, step, best, bad_in_a_row, sums, rng
+                   in training only: what `train.py --resume` needs (see `Trainer.state`)
 """
 
 import os
