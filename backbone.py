@@ -17,11 +17,13 @@ Deviations (ours | paper | authors' code | why)
 
 import os
 from functools import partial
+from itertools import pairwise
 from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import get_model, get_model_weights
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
@@ -45,6 +47,21 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
             f"no ImageNet weights for {name}: {error}. Put {weights.url} at {path} (delete what is there if it is "
             "broken), or start from random weights with --no-pretrained-backbone --no-freeze-backbone"
         ) from error
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Multiplies every batch norm into the convolution registered right before it, in place: the same maps, sooner.
+
+    For inference only, in networks whose norms follow their convolutions, as those of this file do: with its constant
+    statistics a batch norm scales and shifts each channel, and so can the convolution's own weights and bias.
+    """
+    for parent in list(module.modules()):
+        for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                )
+                setattr(parent, name, nn.Identity())
 
 
 class ResNetFPN(nn.Module):

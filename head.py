@@ -275,9 +275,12 @@ class DynamicHead(nn.Module):
         Returns:
             logits (S, B, N, K) and boxes_px (S, B, N, 4), stage by stage.
         """
+        # RoIAlign works in float32 and on channels-first maps: converted once here rather than once in every stage.
+        pyramid = [level.float().contiguous() for level in pyramid]
         all_logits, all_boxes = [], []
         for stage in self.stages:
-            logits, boxes_px, pro_feats = stage(self.pooler(pyramid, boxes_px), boxes_px, pro_feats)
+            roi_feats = self.pooler(pyramid, boxes_px).to(pro_feats.dtype)  # (B·N, C, R, R)
+            logits, boxes_px, pro_feats = stage(roi_feats, boxes_px, pro_feats)
             all_logits.append(logits)
             all_boxes.append(boxes_px)
             # Each stage learns to improve the boxes it is given, not to make the previous stage give better ones. The
