@@ -8,14 +8,19 @@ A checkpoint is a dict of tensors and plain values, always read with `torch.load
     category_ids   K ids of the training annotations, in the same order
     optimizer, schedule, scaler, epoch, step, best, bad_in_a_row, sums, rng
                    in training only: what `train.py --resume` needs (see `Trainer.state`)
+
+Weights of the authors' code and of MMDetection are told apart by their keys and converted while they are read. The
+authors' published ones are known by name (`PUBLISHED`) and downloaded once into torch.hub's cache.
 """
 
 import os
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +28,26 @@ from torch import Tensor, nn
 from config import Config, UserError
 from data import CocoDataset, ShapesDataset, make_dataset
 from model import SparseRCNN, build_model
-from tools.convert import convert_checkpoint
+from tools.convert import as_checkpoint, convert_checkpoint
 
 _KEYS = ("model", "config", "class_names", "category_ids")
+
+
+class Published(NamedTuple):
+    """Weights that can be downloaded."""
+
+    url: str
+    sha256: str | None = None  # None: not known; then a download counts as whole if it can be read
+
+
+# Not verified here: neither that the files are there, nor what is in them. The authors give no checksums.
+_RELEASE = "https://github.com/PeizeSun/SparseR-CNN/releases/download/v0.1"
+PUBLISHED = {
+    "sparse-rcnn-r50-100": Published(f"{_RELEASE}/r50_100pro_3x_model.pth"),
+    "sparse-rcnn-r50-300": Published(f"{_RELEASE}/r50_300pro_3x_model.pth"),
+    "sparse-rcnn-r101-100": Published(f"{_RELEASE}/r101_100pro_3x_model.pth"),
+    "sparse-rcnn-r101-300": Published(f"{_RELEASE}/r101_300pro_3x_model.pth"),
+}
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -54,41 +76,70 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def download(name: str) -> Path:
+    """The file of published weights in torch.hub's cache, downloaded where it is not there yet.
+
+    Raises:
+        UserError: the download failed or is broken; the message says which file to put where.
+    """
+    url, sha256 = PUBLISHED[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if path.exists():
+        return path
+    # A name of this process's own, since others may be downloading too; the rename at the end is atomic.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(partial), hash_prefix=sha256, progress=sys.stderr.isatty())
+        read_checkpoint(partial)  # a connection lost midway is no error to urllib
+        os.replace(partial, path)
+    except (OSError, HTTPException, RuntimeError, UserError) as error:  # RuntimeError: the checksum differs
+        raise UserError(
+            f"{name}: {url} could not be downloaded ({first_line(error)}); try again, or put that file at {path}"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Any file of tensors and plain values, on the CPU; nothing in it is executed.
+    """Any file of tensors and plain values, or weights known by name (`PUBLISHED`), on the CPU; nothing is executed.
 
     Raises:
         UserError: the file is missing, unreadable, no checkpoint, or holds more than tensors and plain values.
     """
+    if str(path) in PUBLISHED and not Path(path).exists():
+        path = download(str(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
+        raise UserError(f"{path}: no such checkpoint; it is a file, or one of {', '.join(PUBLISHED)}") from None
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: not a checkpoint of tensors and plain values; nothing else is loaded, as a pickle can run any "
             f'code ({first_line(error)}). Of a training checkpoint of MMDetection, save its "state_dict" alone'
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({first_line(error)}); replace the file") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not the dict of a checkpoint")
     return checkpoint
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this project.
+    """A checkpoint of this project; one of the authors' code or of MMDetection becomes one.
 
     Raises:
         UserError: as `read_checkpoint`, or the file is a checkpoint of something else.
     """
     checkpoint = read_checkpoint(path)
-    if missing := [key for key in _KEYS if key not in checkpoint]:
-        raise UserError(
-            f"{path}: not a checkpoint of this project, it lacks {', '.join(missing)}; weights of the authors' code or "
-            "of MMDetection are converted by `python -m tools.convert IN OUT`"
-        )
-    return checkpoint
+    missing = [key for key in _KEYS if key not in checkpoint]
+    if missing and "config" in checkpoint:
+        raise UserError(f"{path}: not a whole checkpoint of this project, it lacks {', '.join(missing)}")
+    try:
+        return as_checkpoint(checkpoint) if missing else checkpoint
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:

@@ -43,6 +43,7 @@ Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]] | None
 Names = Sequence[str] | None
 AnyPath = str | os.PathLike[str]
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 108 MP are a photograph, 179 an error
 MIN_SIDE_PX = 1e-5  # boxes no wider or no higher than this are no objects (authors' code)
 COCO_FOLDER = Path("datasets/coco")
 
@@ -50,26 +51,30 @@ COCO_FOLDER = Path("datasets/coco")
 def read_image(path: AnyPath) -> tv_tensors.Image:
     """Decodes a picture: (3, H, W) uint8 RGB, turned as its EXIF orientation says; the first frame of an animation.
 
-    Pillow rather than torchvision.io, whose decoders are deprecated and end the whole process on a damaged PNG.
-    UserError where the file is missing, empty, truncated or no picture.
+    Pillow, as torchvision.io's decoders are deprecated and end the whole process on a damaged PNG. UserError where the
+    file is missing, empty, truncated or no picture.
     """
     try:
         content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode.startswith("I"):  # 16-bit grey: convert() alone may clip it at 255
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            pixels = np.array(picture.convert("RGB"))  # (H, W, 3)
         body = content.rstrip(b"\0")  # an interrupted download may end in zeros, which decoders take for pixels
         if content[:2] == b"\xff\xd8" and len(content) - len(body) > 512 and body[-2:] != b"\xff\xd9":
             raise OSError("JPEG file is truncated: it ends in zeros")
+        with Image.open(io.BytesIO(content)) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
+            return picture_to_tensor(picture)
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "not a known picture format" if content else "the file is empty"
         raise UserError(f"{path}: cannot be read as a picture ({reason}); replace it or leave it out") from None
+
+
+def picture_to_tensor(picture: Image.Image) -> tv_tensors.Image:
+    """A PIL image of any mode, (3, H, W) uint8 RGB."""
+    if picture.mode.startswith("I"):  # 16-bit grey: convert() alone may clip it at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     # Not made contiguous: torchvision resizes uint8 twice as fast while the channels lie last in memory.
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    return tv_tensors.Image(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
 
 
 _ID = (lambda v: type(v) is int and -(2**63) <= v < 2**63, "an integer")  # to Python, JSON's true is an int as well

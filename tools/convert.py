@@ -1,7 +1,7 @@
 """Published weights to ours: `python -m tools.convert IN OUT` reads a checkpoint of the authors' code (detectron2
-names) or of MMDetection and writes one that `evaluate.py` and `train.py --weights` take.
+names), of MMDetection or of ours, and writes one of ours that holds no more than using it needs, `--half` in float16.
 
-Both describe the same network, so a conversion is a renaming; depth, N, K and S are read off names and shapes. The two
+All describe the same network, so a conversion is a renaming; depth, N, K and S are read off names and shapes. The two
 tables below are also the dictionary between three vocabularies.
 """
 
@@ -178,32 +178,47 @@ def config_from(state_dict: Mapping[str, Tensor]) -> Config:
     return replace(config, preset=preset, crop=num_proposals == 300)
 
 
+def as_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of ours (see `checkpoint.py`) from what `convert_checkpoint` takes; 80 classes are COCO's.
+
+    Raises:
+        UserError: as `convert_checkpoint`.
+    """
+    model = convert_checkpoint(state_dict)
+    config = config_from(model)
+    is_coco = len(COCO_CLASSES) == config.num_classes
+    return {
+        "model": model,
+        "config": config.to_dict(),
+        "class_names": list(COCO_CLASSES.values()) if is_coco else [f"class {i}" for i in range(config.num_classes)],
+        "category_ids": list(COCO_CLASSES) if is_coco else list(range(config.num_classes)),
+    }
+
+
 @dataclass(frozen=True)
 class ConvertArgs:
-    source: tyro.conf.Positional[Path]  # checkpoint of the authors' code or of MMDetection
+    source: tyro.conf.Positional[Path]  # checkpoint of the authors' code, of MMDetection or of ours
     output: tyro.conf.Positional[Path]  # file to write
+    half: bool = False  # store floats in float16: half the size; they are loaded into float32 again
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake raises `UserError`."""
-    from checkpoint import read_checkpoint, save_checkpoint  # here, because checkpoint.py uses `convert_checkpoint`
+    from checkpoint import load_checkpoint, save_checkpoint  # here, because checkpoint.py uses `as_checkpoint`
 
     args = parse_args(argv, ConvertArgs, "python -m tools.convert", __doc__.split("\n\n")[0])
-    state_dict = convert_checkpoint(read_checkpoint(args.source))
-    config = config_from(state_dict)
-    named = len(COCO_CLASSES) == config.num_classes
-    save_checkpoint(
-        args.output,
-        {
-            "model": state_dict,
-            "config": config.to_dict(),
-            "class_names": list(COCO_CLASSES.values()) if named else [f"class {i}" for i in range(config.num_classes)],
-            "category_ids": list(COCO_CLASSES) if named else list(range(config.num_classes)),
-        },
-    )
+    checkpoint = load_checkpoint(args.source)
+    model, config, names = checkpoint["model"], Config.from_dict(checkpoint["config"]), checkpoint["class_names"]
+    if args.half:
+        model = {key: value.half() if value.is_floating_point() else value for key, value in model.items()}
+        if large := [key for key, value in model.items() if not value.isfinite().all()]:
+            raise UserError(f"{args.source}: not finite in float16: {', '.join(large[:6])}; leave out --half")
+    kept = {"config": config.to_dict(), "class_names": list(names), "category_ids": list(checkpoint["category_ids"])}
+    save_checkpoint(args.output, {"model": model, **kept})
     print(
-        f"{args.output}: {config.backbone}, {config.num_proposals} proposals, {config.num_stages} stages, "
-        f"{config.num_classes} classes{' (COCO)' if named else ''}, {len(state_dict)} tensors"
+        f"{args.output}: {config.backbone}, {config.num_proposals} proposals, {config.num_stages} stages, {len(names)} "
+        f"classes{' (COCO)' if list(names) == list(COCO_CLASSES.values()) else ''}, {len(model)} tensors, "
+        f"{args.output.stat().st_size / 1e6:.1f} MB"
     )
 
 
