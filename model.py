@@ -93,6 +93,7 @@ class SparseRCNN(nn.Module):
             # uint8 travels to the device and becomes float there: a quarter of the traffic.
             scale = 1 if image.dtype == torch.uint8 else 255
             pixels = image.to(self.mean.device, non_blocking=True).to(self.mean.dtype) * scale
+            # Padded, not written into a canvas of zeros, which an exported model does pixel by pixel.
             padding = (0, width - image.shape[2], 0, height - image.shape[1])  # left, right, top, bottom
             padded.append(pad((pixels - self.mean) / self.std, padding))
         batch = torch.stack(padded)
@@ -174,7 +175,7 @@ class SparseRCNN(nn.Module):
         scores, best = logits.float().sigmoid().flatten(1).topk(num_proposals, dim=1)  # (B, N) each
         proposal, labels = best // num_classes, best % num_classes
         boxes_px = boxes_px.gather(1, proposal[..., None].expand(-1, -1, 4))  # (B, N, 4)
-        # Tensor by tensor, as `clip_boxes_to_image` wants the size in plain numbers: one more wait for the device.
+        # Not `clip_boxes_to_image`: it takes the size as plain numbers, which wait for the device and do not export.
         boxes_px = boxes_px.clamp(min=0).minimum(whwh_px[:, None])
         has_area = (boxes_px[..., 2:] > boxes_px[..., :2]).all(-1)  # (B, N)
         results = []

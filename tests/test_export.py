@@ -1,6 +1,7 @@
 """tools/export.py: the file gives what PyTorch gives at any size, the check can fail, unusable files are refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(source: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tools.export", str(source), str(source.with_name("model.onnx"))]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,16 @@ def test_other_onnx_files_are_the_users_to_mend(exported: Path, tmp_path: Path) 
         onnx.save(file, tmp_path / "other.onnx")
         with pytest.raises(UserError, match=r"other\.onnx: an ONNX file, but not one"):
             OnnxDetector(tmp_path / "other.onnx")
+
+
+def test_without_cuda_in_onnxruntime_it_runs_on_the_cpu_and_says_so(
+    exported: Path, detector: OnnxDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.warns(UserWarning, match="no CUDA here"):
+        fallen_back = OnnxDetector(exported, "cuda")
+    found, expected = fallen_back([picture(8, 8)])[0], detector([picture(8, 8)])[0]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_a_missing_package_is_named(

@@ -166,20 +166,17 @@ def export_onnx(model: SparseRCNN, path: str | Path, metadata: dict[str, Any], o
         opset: ONNX's version of its operators, 18 … 21.
 
     Raises:
-        UserError: onnx or onnxscript is not installed. OSError: the file cannot be written.
+        UserError: onnx or onnxscript is not installed, or cannot write this opset.
+        OSError: the file cannot be written.
     """
     for package in ("onnx", "onnxscript"):
         _needed(package)
-    fast = model.for_inference()
-    # The order in memory means nothing to ONNX, but with the channels last torch.export refuses sides below 33 pixels,
-    # where maps of one cell are both orders at once.
-    fast.backbone.to(memory_format=torch.contiguous_format)
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     # Any size serves as the example, but one whose sides or maps are equal, or 1, could be taken for a rule.
     example = torch.zeros(3, 70, 101, dtype=torch.uint8, device=model.proposal_boxes.device)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _OneImage(fast).eval(),
+            _OneImage(model.for_inference()).eval(),
             (example,),
             dynamo=True,
             opset_version=opset,
@@ -188,6 +185,8 @@ def export_onnx(model: SparseRCNN, path: str | Path, metadata: dict[str, Any], o
             output_names=list(OUTPUTS),
             verbose=False,
         )
+    if (written := program.model.opset_imports[""]) != opset:  # the exporter has logged why and gone on
+        raise UserError(f"--opset {opset}: this version of torch and onnxscript writes {written} only; give that")
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter's stack traces, with the paths of the machine it ran on
     program.model.metadata_props.update({name: json.dumps(metadata[name]) for name in METADATA})
@@ -284,7 +283,7 @@ class ExportArgs:
     # ONNX's version of its operators. torch writes none before 18, and onnxruntime's CPU lacks the RoIAlign of 22.
     opset: Literal[18, 19, 20, 21] = 18
     # Pixels: height and width of each image that the file is checked on; by default three that follow the model's
-    # test size, one of them with sides that are no multiples of 32.
+    # test size, wide, tall and smaller.
     sizes: tuple[tuple[int, int], ...] = ()
 
 
