@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torch.nn.functional import pad
+from torchvision.ops import box_convert
 
 from backbone import STRIDES, ResNetFPN, SmallFPN, fold_batch_norms
 from config import Config
@@ -82,13 +83,20 @@ class SparseRCNN(nn.Module):
                 )
             if image.dtype != torch.uint8 and not image.is_floating_point():
                 raise ValueError(f"SparseRCNN: image {i} is {image.dtype}; uint8 0–255 or float 0–1 is needed")
-        height, width = (-(-max(image.shape[side] for image in images) // STRIDES[-1]) * STRIDES[-1] for side in (1, 2))
-        batch = self.mean.new_zeros(len(images), 3, height, width)
-        for canvas, image in zip(batch, images, strict=True):
+        # Rounded up so, and not as -(-size // stride), because ONNX divides integers towards zero.
+        stride = STRIDES[-1]
+        height, width = (
+            (max(image.shape[side] for image in images) + stride - 1) // stride * stride for side in (1, 2)
+        )
+        padded = []
+        for image in images:
             # uint8 travels to the device and becomes float there: a quarter of the traffic.
             scale = 1 if image.dtype == torch.uint8 else 255
-            pixels = image.to(batch.device, non_blocking=True).to(batch.dtype) * scale
-            canvas[:, : image.shape[1], : image.shape[2]] = (pixels - self.mean) / self.std
+            pixels = image.to(self.mean.device, non_blocking=True).to(self.mean.dtype) * scale
+            # Padded, not written into a canvas of zeros, which an exported model does pixel by pixel.
+            padding = (0, width - image.shape[2], 0, height - image.shape[1])  # left, right, top, bottom
+            padded.append(pad((pixels - self.mean) / self.std, padding))
+        batch = torch.stack(padded)
         whwh_px = torch.tensor([(i.shape[2], i.shape[1]) * 2 for i in images], dtype=torch.float32, device=batch.device)
         return batch, whwh_px
 
@@ -167,13 +175,13 @@ class SparseRCNN(nn.Module):
         scores, best = logits.float().sigmoid().flatten(1).topk(num_proposals, dim=1)  # (B, N) each
         proposal, labels = best // num_classes, best % num_classes
         boxes_px = boxes_px.gather(1, proposal[..., None].expand(-1, -1, 4))  # (B, N, 4)
+        # Not `clip_boxes_to_image`: it takes the size as plain numbers, which wait for the device and do not export.
+        boxes_px = boxes_px.clamp(min=0).minimum(whwh_px[:, None])
+        has_area = (boxes_px[..., 2:] > boxes_px[..., :2]).all(-1)  # (B, N)
         results = []
-        for image_boxes, image_scores, image_labels, (w, h, *_) in zip(
-            boxes_px, scores, labels, whwh_px.tolist(), strict=True
-        ):
-            clipped = clip_boxes_to_image(image_boxes, (h, w))
-            keep = (clipped[:, 2:] > clipped[:, :2]).all(1)
-            results.append({"boxes": clipped[keep], "scores": image_scores[keep], "labels": image_labels[keep]})
+        for image_boxes, image_scores, image_labels, keep in zip(boxes_px, scores, labels, has_area, strict=True):
+            kept = torch.nonzero(keep).squeeze(1)  # once for all three
+            results.append({"boxes": image_boxes[kept], "scores": image_scores[kept], "labels": image_labels[kept]})
         return results
 
 
