@@ -156,8 +156,10 @@ def test_rois_are_those_of_the_rpn() -> None:
 @pytest.mark.parametrize(("name", "queries"), [("detr", 100), ("deformable-detr", 300)])
 def test_transformers_peers_detect(name: str, queries: int) -> None:
     pytest.importorskip("transformers")
+    model, images = build_peer(name, 64, 96), list(torch.rand(2, 3, 64, 96))
     with torch.inference_mode():
-        logits, boxes = build_peer(name, 64, 96)(list(torch.rand(2, 3, 64, 96)))
+        logits, boxes = model(images)
+        assert count_flops(lambda: model(images)) > 2e9
     assert logits.shape[:2] == (2, queries) and boxes.shape == (2, queries, 4) and 0 <= boxes.min() < boxes.max() <= 1
 
 

@@ -74,11 +74,15 @@ def build_transformers(name: Literal["detr", "deformable-detr"]) -> nn.Module:
 
 
 def build_peer(name: PeerName, height: int, width: int) -> nn.Module | None:
-    """In eval mode, for images of height×width; None where its library is not installed."""
-    if name in ("detr", "deformable-detr"):
-        return build_transformers(name).eval() if importlib.util.find_spec("transformers") else None
-    build = {"faster-rcnn": fasterrcnn_resnet50_fpn, "retinanet": retinanet_resnet50_fpn}[name]
-    return build_torchvision(build, height, width).eval()
+    """In eval mode, without gradients, for images of height×width; None where its library is not installed."""
+    if name in ("faster-rcnn", "retinanet"):
+        build = fasterrcnn_resnet50_fpn if name == "faster-rcnn" else retinanet_resnet50_fpn
+        model = build_torchvision(build, height, width)
+    elif importlib.util.find_spec("transformers"):
+        model = build_transformers(name)
+    else:
+        return None
+    return model.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
