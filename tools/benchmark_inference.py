@@ -13,6 +13,7 @@ same time when it multiplies large matrices of this dtype. It may be above 100 %
 a better library than their float32 products, and on GPUs in float32, where PyTorch allows TF32 in convolutions alone.
 Peak memory, on CUDA alone, is the model's weights and the most that a pass adds to them; a CPU has no counter of it.
 The differences are the largest ones to ours in plain float32, over scores (0–1) and boxes of all proposals and stages.
+In bfloat16 they are no measure of quality: with random weights every rounding grows from stage to stage.
 """
 
 import copy
