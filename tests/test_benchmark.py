@@ -1,11 +1,13 @@
-"""tools/benchmark.py: its figures, and that its variants do the same work; what loading promises."""
+"""tools/benchmark.py, its command `data`, and what loading promises."""
 
 import gc
 import json
 import os
 import re
 import runpy
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from config import Config, run_main
 from data import CocoDataset, make_dataset
 from distributed import Reseeded
 from tools import benchmark
-from tools.benchmark import PilDataset, format_table, main, make_pictures, measure
+from tools.benchmark import main
+from tools.benchmark_data import COLUMNS, PilDataset, make_pictures, measure
+from tools.measure import format_table
 
 SMAPS = Path("/proc/self/smaps_rollup")
 
@@ -68,10 +72,10 @@ def test_rates_are_medians_of_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPa
         now[0] += seconds[name].pop(0)
         return count
 
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     rows = measure({("a", 0): lambda: run("a", 8), ("b", 2): lambda: run("b", 16)}, repeats=3)
     assert order == ["a", "b"] * 4
-    assert printed_rows(format_table(rows)) == [
+    assert printed_rows(format_table(rows, COLUMNS)) == [
         ["a", "0", "4.0", "1.0 – 8.0", "4.0"],
         ["b", "2", "4.0", "1.0 – 4.0", "2.0"],
     ]
@@ -110,8 +114,8 @@ def test_pictures_are_repeatable_and_as_large_as_photographs(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no command given; commands: data"),
-        (["speed"], "no such command as speed; commands: data"),
+        ([], "no command given; commands: data, inference"),
+        (["speed"], "no such command as speed; commands: data, inference"),
         (["--images", "3"], "no such command as --images"),
         (["data", "--repeats", "0"], "--repeats"),
         (["data", "--workers", "1", "-1"], "--workers"),
@@ -145,6 +149,20 @@ def test_the_module_exits_with_2_and_explains_itself(
         else:
             assert printed.out == "" and printed.err.count("\n") == 1
             assert printed.err.startswith("tools.benchmark: no command given")
+
+
+def test_a_command_loads_only_what_it_needs() -> None:
+    code = """
+import sys
+from tools.benchmark import main
+try:
+    main(["data", "--help"])
+except SystemExit:
+    print(*sorted(name for name in sys.modules if name.startswith("tools.")))
+"""
+    root = Path(benchmark.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert run.stdout.splitlines()[-1] == "tools.benchmark tools.benchmark_data tools.measure"
 
 
 # --- memory of loading processes ---

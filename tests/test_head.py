@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from head import DELTA_WEIGHTS, DynamicHead, DynamicInteraction, RoIPooler, Stage, apply_deltas
+from head import DELTA_WEIGHTS, DynamicHead, DynamicInteraction, RoIPooler, Stage, apply_deltas, to_channels_first
 
 B, N, C, D, K, S, R = 2, 5, 16, 4, 3, 4, 3
 
@@ -176,3 +176,17 @@ def test_regions_outside_of_the_image_have_a_finite_gradient_in_half_precision(d
     assert all(torch.isfinite(p.grad).all() for p in layers.parameters()) and torch.isfinite(pro_feats.grad).all()
     exact = layers(pro_feats, roi_feats)
     assert (out - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(B, C, 70, 65), (1, C, 2, 3), (B, C, 1, 1)])  # 70·65: copied in blocks
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_maps_become_channels_first_with_their_gradients(
+    dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    features = torch.randn(shape, dtype=dtype).to(memory_format=layout).requires_grad_()
+    found, expected = to_channels_first(features), features.float().contiguous()
+    assert found.is_contiguous() and found.dtype == torch.float32 and torch.equal(found, expected)
+    upstream = torch.randn(shape)
+    gradients = [torch.autograd.grad(output, features, upstream)[0] for output in (found, expected)]
+    assert torch.equal(*gradients) and gradients[0].count_nonzero() == features.numel()
