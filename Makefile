@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long lint
+.PHONY: demo test test-long notebooks assets lint
 
 $(READY): requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \"Python 3.11 or newer is needed: make PYTHON=python3.12\")"
@@ -30,6 +30,15 @@ test: $(READY)
 
 test-long: $(READY)
 	$(RUN) -m pytest -m long
+
+# Executes every notebook afresh and writes its outputs; an error stops it.
+notebooks: $(READY)
+	$(RUN) -m nbconvert --to notebook --execute --inplace --log-level WARN notebooks/*.ipynb
+
+# The checkpoint in assets/, anew: about 25 minutes on 2 CPU cores. Notebooks and tests use it.
+assets: $(READY)
+	$(RUN) train.py --preset shapes --num-stages 6 --epochs 20 --eval-every 5 --output runs/assets
+	$(RUN) -m tools.convert runs/assets/last.pt assets/shapes.pt --half
 
 lint: $(READY)
 	$(RUN) -m ruff check

@@ -51,8 +51,7 @@ COCO_FOLDER = Path("datasets/coco")
 def read_image(path: AnyPath) -> tv_tensors.Image:
     """Decodes a picture: (3, H, W) uint8 RGB, turned as its EXIF orientation says; the first frame of an animation.
 
-    Pillow, as torchvision.io's decoders are deprecated and end the whole process on a damaged PNG. UserError where the
-    file is missing, empty, truncated or no picture.
+    By Pillow: torchvision.io's decoders end the process on a damaged PNG. UserError where the file is no whole picture.
     """
     try:
         content = Path(path).read_bytes()

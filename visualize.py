@@ -8,11 +8,11 @@ Shapes: N proposals, S stages, n detections of one image; images are RGB (3, H, 
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,15 +24,20 @@ from checkpoint import load_model, validation_set
 from config import UserError, parse_args, pick_device, run_main
 from model import SparseRCNN
 
-matplotlib.use("Agg")
-
 # Okabe and Ito's colours, the lighter ones first: they stand out on photographs.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#FFFFFF")
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # the darker ones first, on white
 
 
 def colour(index: int) -> str:
     """The colour of a class (its label) or of a proposal (its index)."""
     return PALETTE[index % len(PALETTE)]
+
+
+def new_figure(rows: int, columns: int, panel: tuple[float, float] = (2.6, 2.6), **kwargs) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), each `panel` inches wide and high; it needs no pyplot."""
+    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
@@ -94,8 +99,7 @@ def draw_stages(
     `threshold`; all others are drawn thin and white.
     """
     rows, columns = len(images), len(model.head.stages) + 1
-    figure = Figure(figsize=(2.1 * columns, 2.25 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = new_figure(rows, columns, (2.1, 2.25))
     for number, (row, image) in enumerate(zip(grid, images, strict=True)):
         outputs = model.stages([image])
         _, whwh_px = model.prepare([image])
@@ -115,6 +119,44 @@ def draw_stages(
     return figure
 
 
+def plot_lines(axes: Axes, x: Sequence, series: Mapping[str, Sequence[float]], colours: Sequence[str] = LINES) -> None:
+    """One line a name of `series` over common x; markers differ too, for print."""
+    for (name, values), line_colour, marker in zip(series.items(), colours, "osD^vP*X", strict=False):
+        axes.plot(x, values, marker=marker, markersize=4, color=line_colour, label=name)
+    axes.grid(alpha=0.3)
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+
+
+def plot_bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}", colours=LINES[0]
+) -> None:
+    """Horizontal bars, the first on top, each with its value."""
+    bars = axes.barh(range(len(names)), values, color=LINES[0])
+    axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_heatmap(
+    axes: Axes, matrix: Tensor, row_names: Sequence[str], column_names: Sequence[str], form: str | None = "{:.1f}"
+) -> None:
+    """A matrix (rows, columns) as colours, dark to light, with its numbers unless `form` is None."""
+    values = matrix.detach().cpu().numpy()
+    shown = axes.imshow(values, cmap="cividis", aspect="auto")
+    axes.figure.colorbar(shown, ax=axes, shrink=0.8)
+    axes.set_xticks(range(len(column_names)), column_names, fontsize=8)
+    axes.set_yticks(range(len(row_names)), row_names, fontsize=8)
+    if form is not None:
+        middle = (values.min() + values.max()) / 2
+        for row, column in np.ndindex(values.shape):
+            value = values[row, column]
+            ink = "black" if value > middle else "white"
+            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=ink)
+
+
 def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     """A training run's `metrics.jsonl` as a picture: losses, AP, and learning rate over the epochs."""
     lines = [json.loads(line) for line in Path(metrics_jsonl).read_text().splitlines()]
@@ -122,9 +164,7 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     loss_axes, ap_axes, rate_axes = figure.subplots(1, 3)
 
     def plot(axes: Axes, labels: dict[str, str]) -> None:
-        for (key, label), line_colour in zip(
-            labels.items(), ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=False
-        ):
+        for (key, label), line_colour in zip(labels.items(), LINES, strict=False):
             points = [(line["epoch"], line[key]) for line in lines if line.get(key, -1) >= 0]  # −1: not defined
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=line_colour)
@@ -169,9 +209,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = [dataset[i][0] for i in range(min(args.images, len(dataset)))]
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
+    figure, grid = new_figure(rows, columns, (3, 3))
     with torch.inference_mode():
-        for axes, image in zip(figure.subplots(rows, columns, squeeze=False).flat, images, strict=False):
+        for axes, image in zip(grid.flat, images, strict=False):
             draw_detections(axes, image, model([image])[0], checkpoint["class_names"], args.score_threshold)
     figure.savefig(args.output / "detections.png", dpi=120)
     draw_stages(model, images[:4], checkpoint["class_names"], args.score_threshold).savefig(
