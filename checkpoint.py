@@ -16,6 +16,7 @@ authors' published ones are known by name (`PUBLISHED`) and downloaded once into
 import os
 import pickle
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from http.client import HTTPException
@@ -92,6 +93,8 @@ def download(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(partial), hash_prefix=sha256, progress=sys.stderr.isatty())
         read_checkpoint(partial)  # a connection lost midway is no error to urllib
+        if zipfile.is_zipfile(partial) and (damaged := zipfile.ZipFile(partial).testzip()):  # torch.load does not check
+            raise UserError(f"{damaged} in it is damaged")
         os.replace(partial, path)
     except (OSError, HTTPException, RuntimeError, UserError) as error:  # RuntimeError: the checksum differs
         raise UserError(

@@ -239,12 +239,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides = {name: getattr(args, name) for name in ("val_json", "val_images", "test_size", "max_size")}
         dataset = validation_set(checkpoint, **overrides)
         metrics, detections = evaluate(
-            model, dataset, here, args.max_dets, batch_size=args.batch_size, workers=args.workers, amp=args.amp
+            model.for_inference(),
+            dataset,
+            here,
+            args.max_dets,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            amp=args.amp,
         )
         if here.is_main:
             (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
             (args.output / "detections.json").write_text(json.dumps(detections) + "\n")
             print(format_table(metrics, args.per_class))
+            print(
+                "run with the batch norms folded into the convolutions and channels last (`SparseRCNN.for_inference`)"
+            )
             print(f"written: {args.output / 'metrics.json'}, {args.output / 'detections.json'}")
 
 

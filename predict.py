@@ -43,12 +43,12 @@ SHOWN_PX = 480, 1600  # the longest side of a picture that is written: smaller a
 
 
 def to_image(image: AnyImage) -> Tensor:
-    """Any picture as (3, H, W) RGB, uint8, or float 0–1 where floats are given.
+    """Any picture as (3, H, W) uint8 RGB.
 
     Args:
         image: a path; a PIL image; a NumPy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); or a tensor (H, W),
             (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors are grey, RGB (not OpenCV's BGR) or RGBA, whose
-            alpha is ignored; uint8 0–255, uint16 0–65535 or float 0–1.
+            alpha is ignored; uint8 0–255, uint16 0–65535, or float 0–1, which is rounded to 255 levels.
 
     Raises:
         UserError: the file cannot be read, or the array is no picture.
@@ -70,9 +70,9 @@ def to_image(image: AnyImage) -> Tensor:
         raise UserError(f"a picture of shape {form}: arrays are (H, W, 3), tensors (3, H, W); or 1 or 4 channels")
     pixels = (pixels.int() >> 8).to(torch.uint8) if pixels.dtype == torch.uint16 else pixels
     if pixels.is_floating_point():
-        pixels = pixels.float()
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise UserError(f"a picture {form} with values outside of 0 … 1: give floats from 0 to 1, or uint8")
+        pixels = (pixels.float() * 255).round().to(torch.uint8)
     elif pixels.dtype != torch.uint8:
         raise UserError(f"a picture {form}: give uint8, uint16, or floats from 0 to 1")
     return pixels[:3].expand(3, -1, -1)
@@ -292,7 +292,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args.output / "detections.json").write_text(f"[\n{lines}\n]\n")
     for error in errors:
         print(f"predict.py: skipped {error}", file=sys.stderr)
-    print(f"{len(records)} pictures, {total} detections, {len(errors)} skipped; written: {args.output}")
+    how = "in onnxruntime" if args.weights.suffix == ".onnx" else "batch norms folded, channels last"
+    print(
+        f"{len(records)} pictures, {total} detections, {len(errors)} skipped "
+        f"({predictor.device.type}, {how}, mixed precision {args.amp})"
+    )
+    print(f"written: {args.output / 'detections.json'}, and a picture each beside it")
     return 1 if errors else 0
 
 
