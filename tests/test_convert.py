@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from test_reference import weights
 
-from checkpoint import load_model
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import PRESETS, Config, UserError
+from model import build_model
 from tools.convert import COCO_CLASSES, config_from, convert_checkpoint, main
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +85,33 @@ def test_an_unreadable_file_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"in\.pth"):
         main([str(tmp_path / "in.pth"), str(tmp_path / "out.pt")])
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_weights_of_the_authors_and_of_mmdetection_are_loaded_as_they_are(authors, mmdet, tmp_path: Path) -> None:
+    for name, contents in {"authors": {"model": authors, "iteration": 1}, "mmdet": {"state_dict": mmdet}}.items():
+        torch.save(contents, tmp_path / f"{name}.pth")
+        model, rest = load_model(tmp_path / f"{name}.pth")
+        assert rest["config"] == PRESETS["r50-100"] and rest["class_names"] == list(COCO_CLASSES.values())
+        source = contents.get("model", contents.get("state_dict"))
+        assert torch.equal(model.proposal_boxes, next(v for k, v in source.items() if "init_proposal_b" in k))
+    torch.save({**authors, "rpn.conv.weight": torch.zeros(1)}, tmp_path / "left_over.pth")
+    with pytest.raises(UserError, match=r"left_over\.pth: .*1 names are neither.*rpn\.conv\.weight"):
+        load_model(tmp_path / "left_over.pth")
+
+
+def test_half_precision_halves_a_file_and_leaves_out_the_training_state(tmp_path: Path) -> None:
+    model = build_model(TINY)
+    contents = {"model": model.state_dict(), "config": TINY.to_dict()}
+    contents |= {"class_names": list("abc"), "category_ids": [1, 2, 3]}
+    save_checkpoint(tmp_path / "last.pt", {**contents, "optimizer": {"state": torch.zeros(10**6)}, "epoch": 3})
+    main([str(tmp_path / "last.pt"), str(tmp_path / "small.pt"), "--half"])
+    small = load_checkpoint(tmp_path / "small.pt")
+    assert set(small) == set(contents) and small["class_names"] == list("abc")
+    for key, value in load_model(tmp_path / "small.pt")[0].state_dict().items():
+        assert value.dtype == contents["model"][key].dtype
+        assert torch.allclose(value, contents["model"][key], rtol=1e-3, atol=1e-7), key
+    contents["model"]["proposal_feats"][0, 0] = 1e6
+    save_checkpoint(tmp_path / "last.pt", contents)
+    with pytest.raises(UserError, match="not finite in float16: proposal_feats"):
+        main([str(tmp_path / "last.pt"), str(tmp_path / "large.pt"), "--half"])
+    assert not (tmp_path / "large.pt").exists()

@@ -17,6 +17,7 @@ from config import UserError
 from predict import Predictor, main, output_names, to_image
 from shapes import ShapesDataset
 from tools import export
+from visualize import colour
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "assets" / "shapes.pt"

@@ -1,0 +1,211 @@
+"""In other people's code: a training loop written for torchvision, torch.compile, copies, bfloat16, other backbones."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor, nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.ops import FeaturePyramidNetwork, box_iou
+
+from backbone import ResNetFPN, SmallFPN, fold_batch_norms
+from checkpoint import load_model
+from data import collate
+from model import SparseRCNN, build_model
+from shapes import ShapesDataset
+
+CONFIG = replace(TINY, num_proposals=10, num_classes=3)
+
+
+def torchvisions_model() -> nn.Module:
+    """Labels 1 … 3, as there the background is class 0; small enough for two steps in a second."""
+    sizes = {"min_size": 64, "max_size": 64, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20}
+    return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, **sizes)
+
+
+# What torchvision's reference scripts do, in our words: the model is all that differs.
+
+
+def train_one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable, device: str) -> list[float]:
+    model.train()
+    history = []
+    for images, targets in loader:
+        images = [image.to(device) for image in images]
+        targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
+        loss_dict = model(images, targets)
+        losses = sum(loss for loss in loss_dict.values())
+        history.append(losses.item())
+        assert math.isfinite(history[-1]), loss_dict
+        optimizer.zero_grad()
+        losses.backward()
+        optimizer.step()
+    return history
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Iterable, device: str) -> dict[int, dict[str, Tensor]]:
+    model.eval()
+    found = {}
+    for images, targets in loader:
+        outputs = model([image.to(device) for image in images])
+        outputs = [{k: v.to("cpu") for k, v in output.items()} for output in outputs]
+        found |= {target["image_id"]: output for target, output in zip(targets, outputs, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize(("make", "first_label"), [(lambda: build_model(CONFIG), 0), (torchvisions_model, 1)])
+def test_a_loop_written_for_torchvision(make: Callable[[], nn.Module], first_label: int) -> None:
+    batches = []
+    for start in range(0, 8, 4):
+        images, targets = collate([ShapesDataset("demo", "train", 8)[i] for i in range(start, start + 4)])
+        floats = [image.float() / 255 for image in images]
+        batches.append((floats, [{**t, "labels": t["labels"] + first_label} for t in targets]))
+    model = make()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
+    history = train_one_epoch(model, optimizer, batches, "cpu")
+    assert len(history) == 2 and all(loss > 0 for loss in history)
+    found = evaluate(model, batches, "cpu")
+    assert set(found) == {target["image_id"] for _, targets in batches for target in targets}
+    for output in found.values():
+        assert set(output) == {"boxes", "scores", "labels"} and output["boxes"].dtype == torch.float32
+        assert output["labels"].dtype == torch.int64 and (output["scores"].diff() <= 0).all()
+        assert len(output["boxes"]) == len(output["scores"]) == len(output["labels"])
+        if len(output["boxes"]):
+            assert first_label <= output["labels"].min() and output["labels"].max() < 3 + first_label
+            assert output["boxes"].min() >= 0 and output["boxes"].max() <= 96
+
+
+def trained(config=CONFIG) -> SparseRCNN:
+    """A model whose batch norms and proposals are not those of the start."""
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        model.proposal_boxes[:, :2] = torch.rand(len(model.proposal_boxes), 2)
+        model.proposal_boxes[:, 2:] = 0.1 + 0.5 * torch.rand(len(model.proposal_boxes), 2)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+    return model.eval()
+
+
+IMAGES = [
+    torch.randint(256, (3, 70, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+]
+TARGETS = [
+    {"boxes": torch.tensor([[4.0, 5, 40, 50]]), "labels": torch.tensor([2])},
+    {"boxes": torch.tensor([[30.0, 20, 60, 60], [0, 0, 20, 30]]), "labels": torch.tensor([0, 1])},
+]
+
+
+def test_the_inference_copy_predicts_the_same_and_leaves_the_model_alone() -> None:
+    model = trained()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fast = model.for_inference()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    with torch.no_grad():
+        plain, folded = model.stages(IMAGES), fast.stages(IMAGES)
+    assert (plain.logits.sigmoid() - folded.logits.sigmoid()).abs().max() < 1e-5
+    assert (plain.boxes - folded.boxes).abs().max() < 0.005
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in fast.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda: ResNetFPN("resnet18", 8, pretrained=False), lambda: SmallFPN(8)])
+def test_folding_changes_no_map(make: Callable[[], nn.Module]) -> None:
+    backbone = make().eval()
+    for name, value in backbone.state_dict().items():
+        if name.endswith(("running_mean", "bn1.bias")):
+            value.normal_()
+        elif name.endswith("running_var"):
+            value.uniform_(0.5, 2)
+    folded = copy.deepcopy(backbone)
+    fold_batch_norms(folded)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        for ours, theirs in zip(folded(images), backbone(images), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[SparseRCNN, Callable]:
+    model = trained()
+    return model, torch.compile(model)
+
+
+def test_compiled_inference_gives_the_same(compiled: tuple[SparseRCNN, Callable]) -> None:
+    model, fast = compiled
+    with torch.no_grad():
+        for expected, found in zip(model.eval()(IMAGES), fast(IMAGES), strict=True):
+            assert torch.equal(expected["labels"], found["labels"])
+            assert (expected["scores"] - found["scores"]).abs().max() < 1e-5
+            assert (expected["boxes"] - found["boxes"]).abs().max() < 0.01
+
+
+def test_compiled_training_gives_the_same(compiled: tuple[SparseRCNN, Callable]) -> None:
+    model, fast = compiled
+    state, gradients, losses = copy.deepcopy(model.state_dict()), [], []
+    for step in (model.train(), fast):
+        model.load_state_dict(state)  # the batch norms' statistics move
+        model.zero_grad()
+        losses.append(step(IMAGES, TARGETS))
+        sum(losses[-1].values()).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert losses[0].keys() == losses[1].keys()
+    for key, value in losses[0].items():
+        assert losses[1][key].item() == pytest.approx(value.item(), rel=1e-4)
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
+def test_a_deep_copy_is_a_model_of_its_own() -> None:
+    model = trained()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for expected, found in zip(model(IMAGES), other(IMAGES), strict=True):
+            assert all(torch.equal(expected[key], found[key]) for key in expected)
+        other.proposal_boxes.zero_()
+    assert model.proposal_boxes.abs().sum() > 0
+
+
+def test_bfloat16_inference_finds_the_same_objects() -> None:
+    model, _ = load_model(Path(__file__).parents[1] / "assets" / "shapes.pt")
+    images = [ShapesDataset("demo", "val", 8)[i][0] for i in range(8)]
+    with torch.inference_mode():
+        plain = model(images)
+        for small in (copy.deepcopy(model).bfloat16(), model.for_inference().bfloat16()):
+            for expected, found in zip(plain, small(images), strict=True):
+                assert found["boxes"].dtype == torch.float32
+                expected, found = ({k: v[d["scores"] > 0.5] for k, v in d.items()} for d in (expected, found))
+                ious = box_iou(expected["boxes"], found["boxes"])
+                assert ious.shape[0] == ious.shape[1] and (ious.max(1).values > 0.85).all()
+                assert torch.equal(expected["labels"], found["labels"][ious.argmax(1)])
+
+
+def test_a_backbone_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+
+    class TimmFPN(nn.Module):
+        def __init__(self, name: str, out_channels: int):
+            super().__init__()
+            self.body = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4), pretrained=False)
+            self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels)
+
+        def forward(self, images: Tensor) -> list[Tensor]:
+            return list(self.fpn({str(i): level for i, level in enumerate(self.body(images))}).values())
+
+    parts = build_model(CONFIG)
+    backbone = TimmFPN("resnet18", CONFIG.hidden_dim)
+    model = SparseRCNN(backbone, parts.head, parts.criterion, parts.proposal_boxes, parts.proposal_feats)
+    sum(model.train()(IMAGES, TARGETS).values()).backward()
+    assert backbone.body.conv1.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        plain, fast = model.eval().stages(IMAGES), model.for_inference().stages(IMAGES)
+    assert (plain.boxes - fast.boxes).abs().max() < 0.01  # a stranger's norms are not folded
