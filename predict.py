@@ -110,6 +110,8 @@ class Predictor:
         if Path(weights).suffix == ".onnx":
             from tools.export import OnnxDetector  # here, as onnxruntime is needed for this alone
 
+            if amp != "off":
+                raise UserError(f"{weights}: an ONNX file runs in the precision it was written in; leave out --amp")
             self.model = OnnxDetector(weights, self.device)
             config = Config(test_size=self.model.test_size, max_size=self.model.max_size)
             self.class_names = list(self.model.class_names)

@@ -223,6 +223,8 @@ def test_an_onnx_file_takes_the_place_of_the_checkpoint(predictor, shape, tmp_pa
     record = json.loads((tmp_path / "out" / "detections.json").read_text())[0]
     found = {key: torch.tensor(record[key]) for key in ("boxes", "scores")}
     same({**found, "names": record["names"]}, predictor(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="--amp"):
+        main([str(tmp_path / "a.png"), *onnx, "--amp", "bf16", "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match="--stages"):
         main([str(tmp_path / "a.png"), *onnx, "--stages", "--output", str(tmp_path / "out")])
     (tmp_path / "model.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:5000])
