@@ -125,7 +125,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class AblateArgs:
-    tables: tyro.conf.Positional[tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]]  # of the paper
+    tables: tyro.conf.Positional[tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]]  # tables of the paper
     config: Config = field(default_factory=lambda: ABLATION)
     seeds: tuple[int, ...] = ()  # the variants are trained once with each; by default with --seed alone
     output: Path = Path("ablations")  # folder for the tables
@@ -248,7 +248,10 @@ def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
     """The paper's table and ours, side by side, and what ours was made with."""
     names = table.columns.split()
     columns = {"": "{label}"}
-    columns |= {f"{HEADINGS.get(name, (name,))[0]} (paper)": f"{{paper_{name}:g}}" for name in names}
+    for name in names:
+        columns[f"{HEADINGS.get(name, (name,))[0]} (paper)"] = (
+            f"{{paper_{name}:{'.0f' if name in HEADINGS else '.1f'}}}"
+        )
     columns |= {HEADINGS.get(name, (name,))[-1]: f"{{{name}:.1f}}" for name in names}
     if any("spread" in row for row in rows):
         columns["AP ±"] = "{spread:.1f}"
@@ -259,7 +262,7 @@ def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
     first, config = results[0], results[0]["config"]
     data = config["train_json"] or f"{config['data']} ({config['shapes_train']} pictures)"
     return text + (
-        f"\nData: {data}; evaluated on {first['images']} images. Every run: {first['steps']} steps of "
+        f"\nData: {data}, evaluated on {first['images']} images. Every run: {first['steps']} steps of "
         f"{config['batch_size']} images. Seeds: {', '.join(sorted({str(result['seed']) for result in results}))}. "
         f"{', '.join(f'{name} {value}' for name, value in first['machine'].items())}; revision {first['revision']}.\n"
     )
@@ -281,6 +284,7 @@ def write_tables(args: AblateArgs, numbers: Sequence[str]) -> list[str]:
         plot_bars(axes[0, 0], [row["label"] for row in rows], [row["paper_AP"] for row in rows], "{:.1f}")
         axes[0, 0].set_title("paper: AP on COCO", fontsize=9)
         plot_bars(axes[0, 1], [row["label"] for row in done], [row["AP"] for row in done], "{:.1f}")
+        axes[0, 1].set_xlim(left=0)
         axes[0, 1].set_title("ours: AP", fontsize=9)
         figure.savefig(args.output / f"table{number}.png", dpi=110)
     return texts
@@ -297,10 +301,10 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
     """
     has_preset = any(word.split("=")[0] == "--preset" for word in argv)
     config = preset_from(argv) if has_preset else ABLATION
-    args = parse_args(
-        argv, AblateArgs, "python -m tools.ablate", __doc__.split("\n\n")[0], tables=("all",), config=config
-    )
+    args = parse_args(argv, AblateArgs, "python -m tools.ablate", __doc__.split("\n\n")[0], tables=(), config=config)
     tables = tuple(TABLES) if "all" in args.tables else tuple(dict.fromkeys(args.tables))
+    if not tables:
+        raise UserError(f"ablate: no table given; tables: {', '.join(TABLES)}, or all (python -m tools.ablate --help)")
     args = replace(args, tables=tables, seeds=tuple(dict.fromkeys(args.seeds)) or (args.config.seed,))
     if args.config.train_json and not args.config.val_json:
         raise UserError("ablate: nothing to evaluate on; give --val-json and --val-images with --train-json")
