@@ -16,7 +16,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from config import Config, UserError, parse_args, preset_from, run_main
 from data import check_data, make_dataset
 from distributed import Clock, GroupedBatches, Guarded, StopSignal, World, make_loader, world
 from evaluate import AMP_DTYPES, evaluate, format_table
-from model import build_model
+from model import SparseRCNN, build_model
 from report import Report, prepare_output, print_summary, warn_of_crowded_images, with_sums
 
 
@@ -61,14 +61,16 @@ class Trainer:
         config: the recipe.
         here: the processes that share the work; the model is on `here.device`.
         steps_per_epoch: optimiser steps in an epoch.
-        pretrained_backbone: False where a checkpoint is restored next.
+        build: makes the model from the config, after the seed was set.
     """
 
-    def __init__(self, config: Config, here: World, steps_per_epoch: int, pretrained_backbone: bool = True):
+    def __init__(
+        self, config: Config, here: World, steps_per_epoch: int, build: Callable[..., SparseRCNN] = build_model
+    ):
         torch.manual_seed(config.seed)
         self.config, self.here, self.steps_per_epoch = config, here, steps_per_epoch
         self.total_steps = config.epochs * steps_per_epoch
-        self.model = build_model(config, pretrained_backbone).to(here.device)
+        self.model = build(config).to(here.device)
         self.optimizer = AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -264,7 +266,11 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; a user's mistake raises `UserError`. Returns the exit status: 0, or 128 + a signal's number."""
-    args, checkpoint = read_args(sys.argv[1:] if argv is None else list(argv))
+    return run(*read_args(sys.argv[1:] if argv is None else list(argv)))
+
+
+def run(args: TrainArgs, checkpoint: dict[str, Any] | None, build: Callable[..., SparseRCNN] = build_model) -> int:
+    """`main` once the command line is read; another model is trained where another `build` makes it."""
     with world(args.device) as here:
         names = checkpoint["class_names"] if checkpoint is not None else None
         train_set = make_dataset(args.config, "train", class_names=names)
@@ -282,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = problem
         here.raise_together(error)
         batches = GroupedBatches(train_set.sizes_hw, config.batch_size, config.seed, here.rank, here.size)
-        trainer = Trainer(config, here, len(batches), pretrained_backbone=checkpoint is None)
+        trainer = Trainer(config, here, len(batches), lambda config: build(config, checkpoint is None))
         notes = []
         if checkpoint is not None:
             trainer.restore(checkpoint, args.resume)

@@ -1,0 +1,372 @@
+"""The variants differ in what their tables say and in nothing else; the command keeps, shares and continues runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, objects
+from torchvision.ops import box_convert, box_iou
+
+import train
+from config import UserError
+from distributed import World
+from head import DynamicInteraction, Stage
+from tools import ablate
+from tools.variants import (
+    VARIANTS,
+    AttentionStage,
+    PositionalStage,
+    ReuseStage,
+    StaticStage,
+    box_encoding,
+    centre_boxes,
+    grid_boxes,
+    random_boxes,
+    shared_name,
+    stage_options,
+)
+from train import Trainer
+
+B, N, C, R, K = 2, 5, TINY.hidden_dim, TINY.roi_size, TINY.num_classes
+# One of each kind; the numbers of proposals and stages are settings of the plain model.
+KINDS = ("sparse", "cascade", "reuse", "attention", "dynamic", "centre", "grid", "random", "positions")
+
+
+def stage_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """roi_feats (B·N, C, R, R), boxes_px (B, N, 4), pro_feats (B, N, C)."""
+    corners = torch.rand(B, N, 2, 2).sort(dim=2).values * 80
+    corners[:, :, 1] += 8
+    return torch.randn(B * N, C, R, R), corners.flatten(2), torch.randn(B, N, C)
+
+
+# --- variants ---
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_variant_learns_and_every_trained_parameter_has_a_part_in_it(name):
+    config = replace(VARIANTS[name].config(TINY), lr=0.01)
+    trainer = Trainer(config, World(torch.device("cpu")), 20, VARIANTS[name].build)
+    trainer.model.train()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 96)]
+    targets = [{**objects(3, K, 64, 64, seed), "image_id": seed} for seed in (0, 1)]
+    steps = [trainer.train_step(images, targets, num_objects=6) for _ in range(20)]
+    assert np.mean([step["loss"] for step in steps[-3:]]) < 0.6 * steps[0]["loss"]
+    idle = [  # the pyramid aside: a level on which no box lies has no gradient
+        name
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and not name.startswith("backbone.") and not parameter.grad.any()
+    ]
+    assert idle == []
+    is_static = name in ("sparse", "cascade", "reuse")
+    assert trainer.model.proposal_feats.requires_grad != is_static
+
+
+def test_only_the_dynamic_rows_generate_parameters_and_only_they_and_attention_attend():
+    has = {}
+    for name in KINDS:
+        modules = list(VARIANTS[name].build(VARIANTS[name].config(TINY), False).modules())
+        kinds = (DynamicInteraction, torch.nn.MultiheadAttention)
+        has[name] = tuple(sum(isinstance(module, kind) for module in modules) for kind in kinds)
+    stages = TINY.num_stages
+    static = {"sparse": (0, 0), "cascade": (0, 0), "reuse": (0, 0), "attention": (0, stages)}
+    assert has == dict.fromkeys(KINDS, (stages, stages)) | static
+    assert len(VARIANTS["sparse"].build(VARIANTS["sparse"].config(TINY), False).head.stages) == 1
+
+
+@pytest.mark.parametrize("stage_class, seen", [(StaticStage, []), (ReuseStage, [1]), (AttentionStage, [*range(N)])])
+def test_whom_a_proposals_feature_reaches(stage_class, seen):
+    stage = stage_class(TINY)
+    roi_feats, boxes_px, pro_feats = stage_inputs()
+    before = stage(roi_feats, boxes_px, pro_feats)
+    changed = pro_feats.clone()
+    changed[0, 1] += torch.randn(C)
+    after = stage(roi_feats, boxes_px, changed)
+    for old, new in zip(before, after, strict=True):  # logits, boxes, features
+        differs = (old - new).abs().amax(-1) > 1e-6
+        assert torch.nonzero(differs[0]).flatten().tolist() == seen
+        assert not differs[1].any()  # the other image
+
+
+@pytest.mark.parametrize("name, reuses", [("cascade", False), ("reuse", True), ("attention", True), ("dynamic", True)])
+def test_without_feature_reuse_a_stage_does_not_depend_on_the_features_of_the_one_before(name, reuses):
+    model = VARIANTS[name].build(TINY, False).eval()
+    images = [torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        before = model.stages(images)
+        model.head.stages[0].register_forward_hook(
+            lambda _, __, out: (out[0], out[1], out[2] + torch.randn_like(out[2]))
+        )
+        after = model.stages(images)
+    assert torch.equal(before.logits[0], after.logits[0])
+    assert torch.equal(before.logits[1], after.logits[1]) != reuses
+    assert torch.equal(before.boxes[1], after.boxes[1]) != reuses
+
+
+def test_static_stages_treat_equal_regions_alike_and_the_dynamic_stage_each_in_its_proposals_way():
+    roi_feats, boxes_px, pro_feats = stage_inputs()
+    roi_feats = roi_feats[:1].expand_as(roi_feats)
+    static, dynamic = StaticStage(TINY), DynamicInteraction(C, TINY.dynamic_dim, R)
+    assert static(roi_feats, boxes_px, pro_feats)[0].flatten(0, 1).std(0).max() < 1e-6
+    found = dynamic(pro_feats.flatten(0, 1), roi_feats.flatten(2).transpose(1, 2))
+    assert found.std(0).max() > 0.1
+
+
+def test_static_stage_is_two_linear_layers_on_the_flattened_region():
+    stage = StaticStage(TINY)
+    roi_feats, boxes_px, pro_feats = stage_inputs()
+    layers = stage.interaction.layers
+    first, second = layers[1], layers[3]
+    assert (first.in_features, first.out_features) == (R * R * C, 4 * C)
+    hidden = (roi_feats.reshape(B * N, -1) @ first.weight.T + first.bias).clamp(min=0)
+    found = torch.nn.functional.layer_norm(hidden @ second.weight.T + second.bias, (C,)).clamp(min=0)
+    torch.testing.assert_close(stage.interaction(roi_feats), found)
+    expected = stage.ffn_norm(found + stage.ffn(found)).view(B, N, C)
+    torch.testing.assert_close(stage(roi_feats, boxes_px, pro_feats)[2], expected)
+
+
+def test_variants_start_with_the_same_backbone_for_a_seed():
+    weights = []
+    for name in KINDS:
+        torch.manual_seed(3)
+        weights.append(VARIANTS[name].build(VARIANTS[name].config(TINY), False).backbone.state_dict())
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in weights[0].items())
+
+
+def test_proposal_boxes_start_where_table_6_says():
+    start = {name: VARIANTS[name].build(TINY, False).proposal_boxes for name in ("centre", "dynamic", "grid", "random")}
+    assert all(boxes.requires_grad and boxes.shape == (TINY.num_proposals, 4) for boxes in start.values())
+    assert torch.equal(start["centre"], torch.tensor([[0.5, 0.5, 0.1, 0.1]] * TINY.num_proposals))
+    assert torch.equal(start["centre"], centre_boxes(TINY.num_proposals))
+    assert torch.equal(start["dynamic"], torch.tensor([[0.5, 0.5, 1.0, 1.0]] * TINY.num_proposals))
+    torch.testing.assert_close(start["grid"].data, grid_boxes(TINY.num_proposals))
+    assert len(start["random"].unique(dim=0)) == TINY.num_proposals
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 12, 100])
+def test_grid_boxes_tile_the_image(count):
+    boxes = grid_boxes(count)
+    corners = box_convert(boxes, "cxcywh", "xyxy")
+    assert boxes.shape == (count, 4)
+    assert corners.min() > -1e-6 and corners.max() < 1 + 1e-6
+    assert boxes[:, 2:].prod(-1).sum().item() == pytest.approx(1, abs=1e-5)
+    assert (box_iou(corners, corners) - torch.eye(count)).abs().max() < 1e-4
+    if count == 100:
+        assert torch.allclose(boxes[:, 2:], torch.tensor(0.1))
+
+
+def test_random_boxes_are_gaussian_and_have_an_area():
+    boxes = random_boxes(20_000)
+    assert boxes.min() >= 0 and boxes.max() <= 1 and boxes[:, 2:].min() >= 0.05
+    inside = boxes[((boxes > 0.05) & (boxes < 1)).all(-1)]
+    assert boxes.mean(0).tolist() == pytest.approx([0.5] * 4, abs=0.01)
+    assert (inside < 0.3).float().mean().item() == pytest.approx(0.153, abs=0.01)  # Φ(−1) of what is not clamped
+
+
+def test_box_encoding_is_the_formula():
+    boxes_px = torch.tensor([[[10.0, 20.0, 50.0, 40.0], [0.0, 0.0, 1300.0, 800.0]]])
+    expected = []
+    for x1, y1, x2, y2 in boxes_px[0].double().numpy():
+        for value in ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1):
+            angles = [value / 10_000 ** (i / 3) for i in range(3)]
+            expected.append([np.sin(a) for a in angles] + [np.cos(a) for a in angles])
+    expected = torch.tensor(np.array(expected).reshape(1, 2, 24), dtype=torch.float32)
+    torch.testing.assert_close(box_encoding(boxes_px, 24), expected, atol=1e-4, rtol=0)
+
+
+def test_positional_encoding_tells_a_stage_where_its_proposals_are():
+    stage = Stage(**stage_options(TINY), interaction=DynamicInteraction(C, TINY.dynamic_dim, R))
+    with_positions = PositionalStage(stage)
+    roi_feats, boxes_px, pro_feats = stage_inputs()
+    moved = boxes_px + 10
+    assert torch.equal(stage(roi_feats, boxes_px, pro_feats)[0], stage(roi_feats, moved, pro_feats)[0])
+    assert not torch.allclose(
+        with_positions(roi_feats, boxes_px, pro_feats)[0], with_positions(roi_feats, moved, pro_feats)[0], atol=1e-3
+    )
+    boxes_px.requires_grad_(True)
+    with_positions(roi_feats, boxes_px, pro_feats)[0].sum().backward()
+    assert boxes_px.grad is None  # the logits see the boxes, but do not move them
+
+
+def test_positional_weights_do_not_load_as_a_plain_models():
+    plain = VARIANTS["dynamic"].build(TINY, False)
+    with pytest.raises(RuntimeError, match=r"head\.stages\.0\.stage\."):
+        plain.load_state_dict(VARIANTS["positions"].build(TINY, False).state_dict())
+
+
+# --- tables ---
+
+
+def test_tables_name_variants_and_agree_with_one_another():
+    figures: dict[str, set] = {}
+    for table in ablate.TABLES.values():
+        assert table.columns.split()[:3] == ["AP", "AP50", "AP75"]
+        for _, variant, values in table.rows:
+            assert len(values) == len(table.columns.split())
+            figures.setdefault(shared_name(variant, ablate.ABLATION), set()).add(values[:3])
+    assert all(len(values) == 1 for values in figures.values())  # the same model, the same figures in the paper
+    assert len(figures) == 15
+
+
+def test_equal_models_are_shared_and_others_are_not():
+    assert shared_name("stages-6", ablate.ABLATION) == "dynamic"
+    assert shared_name("stages-6", TINY) == "stages-6"  # TINY has two stages
+    assert shared_name("stages-2", TINY) == "dynamic"
+    assert shared_name("cascade", replace(TINY, num_stages=1)) == "sparse"
+    assert VARIANTS["proposals-x5"].config(TINY).num_proposals == 5 * TINY.num_proposals
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def command(tiny_flags, tmp_path_factory) -> tuple[Path, list[str], str]:
+    """Table 10 by the command line, a real process: the folder, the flags, and what it printed."""
+    folder = tmp_path_factory.mktemp("ablate")
+    flags = [*tiny_flags, "--output", str(folder / "out"), "--runs", str(folder / "runs")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.ablate", "10", *flags],
+        capture_output=True,
+        text=True,
+        cwd=Path(ablate.__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, flags, done.stdout
+
+
+def no_training(*_: object) -> int:
+    raise AssertionError("trains again")
+
+
+def test_command_writes_the_table_beside_the_papers(command):
+    folder, _, printed = command
+    text = (folder / "out/table10.md").read_text()
+    assert text in printed
+    assert "| with | 41.9 | 60.9 | 45.0 |" in text and "| without | 42.3 | 61.2 | 45.7 |" in text
+    rows = json.loads((folder / "out/table10.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["positions", "dynamic"]
+    for row in rows:
+        last = json.loads((folder / f"runs/{row['variant']}-seed0/metrics.jsonl").read_text().splitlines()[-1])
+        # Norms are folded and pictures go one at a time in the second evaluation: the same but for rounding.
+        assert row["AP"] == pytest.approx(100 * last["AP"], abs=0.01)
+        assert row["results"][0]["steps"] == last["step"] == 2
+    assert (folder / "out/table10.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_runs_are_not_trained_again_and_serve_other_tables(command, monkeypatch, capsys):
+    folder, flags, _ = command
+    monkeypatch.setattr(train, "run", no_training)
+    assert ablate.main(["10", *flags]) == 0
+    args = ablate.read_args(["3", *flags])
+    text = ablate.write_tables(args, ["3"])[0]
+    assert "| sparse | 18.5 | 35.0 | 17.7 | 8.3 | 21.7 | 26.4 | – | – | – | – | – | – | – | 0 |" in text
+    dynamic = next(line for line in text.splitlines() if "dynamic" in line and line.startswith("|"))
+    assert dynamic.endswith("| 1 |")
+    with pytest.raises(AssertionError, match="trains again"):
+        ablate.main(["3", *flags])
+    with pytest.raises(AssertionError, match="trains again"):
+        ablate.main(["10", *flags, "--lr", "0.01", "--runs", str(folder / "other")])
+
+
+def test_other_settings_start_anew_and_keep_the_old_run(command, tmp_path, capsys):
+    folder, flags, _ = command
+    run = tmp_path / "runs/positions-seed0"
+    run.parent.mkdir()
+    run.mkdir()
+    for name in ("config.json", "result.json"):
+        (run / name).write_text((folder / f"runs/positions-seed0/{name}").read_text())
+    args = ablate.read_args(["10", *flags, "--runs", str(run.parent), "--shapes-train", "4"])
+    assert ablate.read_result(args, "positions", 0) is None
+    assert ablate.train_variant(args, "positions", 0) == 0
+    assert ablate.read_result(args, "positions", 0)["steps"] == 1
+    assert json.loads((run.parent / "positions-seed0.old1/result.json").read_text())["steps"] == 2
+    assert "positions-seed0.old1" in capsys.readouterr().out
+    slower = ablate.read_args(
+        ["10", *flags, "--runs", str(run.parent), "--shapes-train", "4", "--checkpoint-minutes", "1"]
+    )
+    assert ablate.read_result(slower, "positions", 0) is not None  # what does not change the training does not count
+
+
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(command, tmp_path, monkeypatch, capsys):
+    folder, flags, _ = command
+    flags = [*flags, "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
+    step = Trainer.train_step
+
+    def signalled(self, *inputs):
+        values = step(self, *inputs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    handler = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", signalled)
+        assert ablate.main(["10", *flags]) == 128 + signal.SIGTERM
+    signal.signal(signal.SIGTERM, handler[0])
+    signal.signal(signal.SIGINT, handler[1])
+    assert not (tmp_path / "runs/positions-seed0/result.json").exists()
+    assert not (tmp_path / "runs/dynamic-seed0").exists()
+    assert ablate.main(["10", *flags]) == 0
+    assert "at step 1 of 2" in capsys.readouterr().out
+    for variant in ("positions", "dynamic"):
+        lines = [
+            json.loads((path / f"{variant}-seed0/metrics.jsonl").read_text())
+            for path in (tmp_path / "runs", folder / "runs")
+        ]
+        assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-5)
+
+
+def test_runs_of_another_process_are_passed_over(command, tmp_path, monkeypatch, capsys):
+    folder, flags, _ = command
+    monkeypatch.setattr(train, "run", no_training)
+    with ablate.claim(folder / "runs/dynamic-seed0.lock") as is_mine:
+        assert is_mine
+        assert ablate.main(["10", *flags]) == 0
+    assert "another process is at work on dynamic seed 0" in capsys.readouterr().out
+    with ablate.claim(folder / "runs/dynamic-seed0.lock") as is_mine:
+        assert is_mine
+
+
+def test_seeds_are_averaged():
+    result = {"AP50": 0.5, "AP75": -1.0, "APs": 0.1, "APm": 0.2, "APl": -1.0, "FPS": 10.0, "time": 2.0}
+    results = [{**result, "AP": ap, "parameters": 7} for ap in (0.30, 0.34, 0.35)]
+    found = ablate.summary(results)
+    assert (found["AP"], found["spread"]) == (pytest.approx(33), pytest.approx(2.5))
+    assert (found["FPS"], found["parameters"], found["seeds"]) == (10, 7, 3)
+    assert "AP75" not in found and "APl" not in found
+    assert ablate.summary([]) == {"seeds": 0}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "no table given"),
+        (["3", "--train-json", "a.json", "--train-images", "a"], "nothing to evaluate on"),
+        (["3", "--preset", "huge"], "no such preset"),
+        (["6", "--seeds", "-1"], "should not be negative"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", no_training)
+    with pytest.raises(UserError, match=message):
+        ablate.main(argv)
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="without torchrun"):
+        ablate.main(["3"])
+
+
+def test_a_wrong_table_is_no_table(capsys):
+    with pytest.raises(SystemExit) as ended:
+        ablate.main(["9"])
+    assert ended.value.code == 2
