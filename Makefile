@@ -33,7 +33,8 @@ test-long: $(READY)
 
 # Executes every notebook afresh and writes its outputs; an error stops it.
 notebooks: $(READY)
-	$(RUN) -m nbconvert --to notebook --execute --inplace --log-level WARN notebooks/*.ipynb
+	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --log-level WARN \
+	    notebooks/*.ipynb
 
 # The same into runs/notebooks; the files in notebooks/ stay as they are.
 check-notebooks: $(READY)
