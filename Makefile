@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long notebooks assets lint
+.PHONY: demo test test-long notebooks check-notebooks assets lint
 
 $(READY): requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \"Python 3.11 or newer is needed: make PYTHON=python3.12\")"
@@ -33,7 +33,12 @@ test-long: $(READY)
 
 # Executes every notebook afresh and writes its outputs; an error stops it.
 notebooks: $(READY)
-	$(RUN) -m nbconvert --to notebook --execute --inplace --log-level WARN notebooks/*.ipynb
+	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --log-level WARN \
+	    notebooks/*.ipynb
+
+# The same into runs/notebooks; the files in notebooks/ stay as they are.
+check-notebooks: $(READY)
+	$(RUN) -m nbconvert --to notebook --execute --output-dir runs/notebooks --log-level WARN notebooks/*.ipynb
 
 # The checkpoint in assets/, anew: about 25 minutes on 2 CPU cores. Notebooks and tests use it.
 assets: $(READY)

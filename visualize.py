@@ -91,22 +91,27 @@ def draw_detections(
 
 @torch.inference_mode()
 def draw_stages(
-    model: SparseRCNN, images: Sequence[Tensor], class_names: Sequence[str], threshold: float = 0.4
+    model: SparseRCNN,
+    images: Sequence[Tensor],
+    class_names: Sequence[str],
+    threshold: float = 0.4,
+    stages: Sequence[int] | None = None,
 ) -> Figure:
-    """The slides' figure (a)–(d): the learned proposal boxes, then the boxes after every stage, a row an image.
+    """The slides' figure (a)–(d): the learned proposal boxes, then the boxes after the `stages`, a row an image.
 
     A proposal has one colour in its whole row, that of the class it ends with where its last score reaches
-    `threshold`; all others are drawn thin and white.
+    `threshold`; all others are drawn thin and white. Stages count from 1; by default all are drawn.
     """
-    rows, columns = len(images), len(model.head.stages) + 1
+    stages = range(1, len(model.head.stages) + 1) if stages is None else stages
+    rows, columns = len(images), len(stages) + 1
     figure, grid = new_figure(rows, columns, (2.1, 2.25))
     for number, (row, image) in enumerate(zip(grid, images, strict=True)):
         outputs = model.stages([image])
         _, whwh_px = model.prepare([image])
         scores, labels = outputs.logits[-1, 0].sigmoid().max(-1)  # (N,) each
         found = scores >= threshold
-        panels = [model.initial_boxes_px(whwh_px)[0], *outputs.boxes[:, 0]]
-        titles = ["learned proposals", *(f"stage {s + 1}" for s in range(columns - 1))]
+        panels = [model.initial_boxes_px(whwh_px)[0], *(outputs.boxes[stage - 1, 0] for stage in stages)]
+        titles = ["learned proposals", *(f"stage {stage}" for stage in stages)]
         for axes, boxes, title in zip(row, panels, titles, strict=True):
             show_image(axes, image, "" if number else title)
             draw_boxes(axes, boxes[~found], ["#FFFFFF"] * int((~found).sum()), linewidth=0.6)
@@ -196,11 +201,43 @@ class PictureArgs:
     score_threshold: float = 0.3  # detections below it are not drawn; scores are still low after minutes of training
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python visualize.py --weights FILE`: detections, and the proposals of every stage, on validation pictures."""
-    args = parse_args(
-        argv, PictureArgs, "visualize.py", "Pictures of a checkpoint's detections on its validation data."
+@dataclass(frozen=True)
+class ReadmeArgs:
+    weights: Path = Path("assets/shapes.pt")  # checkpoint
+    output: Path = Path("assets")  # folder for detections.png and stages.png
+
+
+@torch.inference_mode()
+def draw_readme(args: ReadmeArgs) -> None:
+    """The README's pictures: the slides' figure (a)–(d) on three held-out pictures, detections on the first twelve."""
+    model, checkpoint = load_model(args.weights)
+    dataset, class_names = validation_set(checkpoint), checkpoint["class_names"]
+    if len(dataset) < 23:
+        raise UserError(f"{args.weights}: its validation data has {len(dataset)} pictures, 23 are needed")
+    args.output.mkdir(parents=True, exist_ok=True)
+    images = [dataset[i][0] for i in range(23)]
+    last = len(model.head.stages)
+    # Pictures whose objects lie apart, so that boxes can be followed; of six stages the slides show 1, 3 and 6.
+    figure = draw_stages(
+        model, [images[i] for i in (5, 10, 22)], class_names, stages=sorted({1, (last + 1) // 2, last})
     )
+    figure.savefig(args.output / "stages.png", dpi=120)
+    figure, grid = new_figure(3, 4, (2.1, 2.1))
+    for axes, image in zip(grid.flat, images, strict=False):
+        draw_detections(axes, image, model([image])[0], class_names)
+    figure.savefig(args.output / "detections.png", dpi=120)
+    print(f"pictures: {args.output / 'stages.png'}, {args.output / 'detections.png'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Detections, and the proposals of every stage, on validation pictures; `readme`: the README's pictures."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["readme"]:
+        return draw_readme(parse_args(argv[1:], ReadmeArgs, "visualize.py readme", "The README's pictures."))
+    description = (
+        "Pictures of a checkpoint's detections on its validation data. `visualize.py readme` draws the README's."
+    )
+    args = parse_args(argv, PictureArgs, "visualize.py", description)
     if args.images < 1:
         raise UserError("visualize: --images should be at least 1")
     model, checkpoint = load_model(args.weights, pick_device(args.device))

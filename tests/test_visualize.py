@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from checkpoint import save_checkpoint
 from config import UserError
 from model import build_model
-from visualize import draw_boxes, main, plot_curves, show_image
+from visualize import draw_boxes, draw_stages, main, plot_curves, show_image
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +37,28 @@ def test_the_command_line_draws_detections_and_stages(tmp_path: Path) -> None:
     for name in ("detections.png", "stages.png"):
         assert str(tmp_path / "out" / name) in done.stdout
         assert mpl_image.imread(tmp_path / "out" / name).std() > 0.05  # not a blank page
+
+
+def test_readme_draws_the_pictures_of_the_readme(tmp_path: Path) -> None:
+    main(["readme", "--weights", str(ROOT / "assets" / "shapes.pt"), "--output", str(tmp_path / "out")])
+    for name in ("detections.png", "stages.png"):
+        assert f"assets/{name}" in (ROOT / "README.md").read_text()
+        drawn, committed = (mpl_image.imread(folder / name) for folder in (tmp_path / "out", ROOT / "assets"))
+        assert drawn.std() > 0.05
+        assert drawn.shape == committed.shape
+    with pytest.raises(UserError, match="23 are needed"):
+        main(["readme", "--weights", str(checkpoint(tmp_path / "few.pt", shapes_val=22)), "--output", str(tmp_path)])
+
+
+def test_stages_are_drawn_as_chosen() -> None:
+    model, images = build_model(TINY).eval(), [torch.zeros(3, 32, 32, dtype=torch.uint8)] * 2
+    for chosen, titles in ((None, ["stage 1", "stage 2"]), ((2,), ["stage 2"])):
+        axes = draw_stages(model, images, ["a", "b", "c"], stages=chosen).axes
+        assert [panel.get_title() for panel in axes[: len(axes) // 2]] == ["learned proposals", *titles]
+        boxes = [[patch.get_bbox().extents for patch in panel.patches] for panel in axes]
+        with torch.inference_mode():
+            last = model.stages(images[:1]).boxes[-1, 0]
+        assert np.allclose(sorted(map(tuple, boxes[len(titles)])), sorted(map(tuple, last.tolist())), atol=1e-3)
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
