@@ -48,13 +48,20 @@ def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
 
 
 def draw_boxes(
-    axes: Axes, boxes: Tensor, colours: Sequence[str], texts: Sequence[str] | None = None, linewidth: float = 1.8
+    axes: Axes,
+    boxes: Tensor,
+    colours: Sequence[str],
+    texts: Sequence[str] | None = None,
+    linewidth: float = 1.8,
+    linestyle: str = "-",
 ) -> None:
     """Boxes (n, 4) xyxy px over a shown image, each in its colour, its text, if any, at its upper left corner."""
     outline = [withStroke(linewidth=linewidth + 1.2, foreground="black")]
     x_limits, y_limits = sorted(axes.get_xlim()), sorted(axes.get_ylim())
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=linewidth)
+        patch = Rectangle(
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=linewidth, ls=linestyle
+        )
         if linewidth > 1:  # a dark rim, to be seen on any background
             patch.set_path_effects(outline)
         axes.add_patch(patch)
