@@ -140,9 +140,7 @@ def plot_lines(axes: Axes, x: Sequence, series: Mapping[str, Sequence[float]], c
         axes.legend(fontsize=8)
 
 
-def plot_bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}", colours=LINES[0]
-) -> None:
+def plot_bars(axes: Axes, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}") -> None:
     """Horizontal bars, the first on top, each with its value."""
     bars = axes.barh(range(len(names)), values, color=LINES[0])
     axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
