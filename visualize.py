@@ -151,20 +151,59 @@ def plot_bars(axes: Axes, names: Sequence[str], values: Sequence[float], form: s
 
 
 def plot_heatmap(
-    axes: Axes, matrix: Tensor, row_names: Sequence[str], column_names: Sequence[str], form: str | None = "{:.1f}"
+    axes: Axes,
+    matrix: Tensor,
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    form: str | None = "{:.1f}",
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """A matrix (rows, columns) as colours, dark to light, with its numbers unless `form` is None."""
+    """A matrix (rows, columns) as colours, dark to light, with its numbers unless `form` is None.
+
+    `limits` are the values of the darkest and the lightest colour, by default the matrix's own.
+    """
     values = matrix.detach().cpu().numpy()
-    shown = axes.imshow(values, cmap="cividis", aspect="auto")
+    low, high = limits or (values.min(), values.max())
+    shown = axes.imshow(values, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     axes.figure.colorbar(shown, ax=axes, shrink=0.8)
     axes.set_xticks(range(len(column_names)), column_names, fontsize=8)
     axes.set_yticks(range(len(row_names)), row_names, fontsize=8)
     if form is not None:
-        middle = (values.min() + values.max()) / 2
+        middle = (low + high) / 2
         for row, column in np.ndindex(values.shape):
             value = values[row, column]
             ink = "black" if value > middle else "white"
             axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=ink)
+
+
+def show_map(axes: Axes, values: Tensor, title: str = "", limits: tuple[float, float] | None = None, **kwargs):
+    """A map (h, w), such as a channel of features, as colours from dark (low) to light, without ticks.
+
+    `limits` are the values of the darkest and the lightest colour, by default the map's own; `extent=(left, right,
+    bottom, top)` places it in the pixels of an image. Returns what `Figure.colorbar` takes.
+    """
+    low, high = limits or (None, None)
+    shown = axes.imshow(values.detach().cpu().numpy(), cmap="cividis", vmin=low, vmax=high, **kwargs)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+    return shown
+
+
+def plot_stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], form: str = "{:.0f}") -> None:
+    """Horizontal bars, the first on top, each divided into `parts` (name -> a value a bar), with its total."""
+    left = np.zeros(len(names))
+    for (part, values), part_colour, hatch in zip(
+        parts.items(), LINES, ("", "//", "..", "xx", "--", "oo"), strict=False
+    ):
+        axes.barh(range(len(names)), values, left=left, color=part_colour, hatch=hatch, edgecolor="white", label=part)
+        left += values
+    for row, total in enumerate(left):
+        axes.text(total, row, f"  {form.format(total)}", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=len(parts), frameon=False)
 
 
 def plot_curves(metrics_jsonl: Path, output: Path) -> None:
