@@ -15,6 +15,7 @@ authors' published ones are known by name (`PUBLISHED`) and downloaded once into
 
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -118,9 +119,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; it is a file, or one of {', '.join(PUBLISHED)}") from None
     except pickle.UnpicklingError as error:
+        # Not torch's whole message, which advises to load the file without this protection.
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {wanted[1]}" if wanted else "it was not written by torch.save"
         raise UserError(
-            f"{path}: not a checkpoint of tensors and plain values; nothing else is loaded, as a pickle can run any "
-            f'code ({first_line(error)}). Of a training checkpoint of MMDetection, save its "state_dict" alone'
+            f"{path}: not a checkpoint of tensors and plain values, {reason}; nothing else is loaded, as a pickle can "
+            'run any code. Of a training checkpoint of MMDetection, save its "state_dict" alone'
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as a checkpoint ({first_line(error)}); replace the file") from None

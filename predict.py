@@ -210,13 +210,14 @@ def list_pictures(inputs: Sequence[Path]) -> list[Path]:
 
 def output_names(files: Sequence[Path]) -> list[str]:
     """NAME of NAME.jpg for each file; where others have it already NAME_2, NAME_3, …: nothing is overwritten."""
-    names: list[str] = []
+    names, taken = [], set()
     for file in files:
         name, number = file.stem, 1
-        while name.lower() in {other.lower() for other in names}:  # some file systems take a.png for A.png
+        while name.lower() in taken:  # some file systems take a.png for A.png
             number += 1
             name = f"{file.stem}_{number}"
         names.append(name)
+        taken.add(name.lower())
     return names
 
 
@@ -274,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = [list(range(i, min(i + args.batch_size, len(files)))) for i in range(0, len(files), args.batch_size)]
     bar = tqdm(total=len(files), desc="predict", unit="picture", disable=None, leave=False)  # None: on a terminal only
     for images, infos in make_loader(Pictures(files, predictor), batches, args.workers):
+        bar.update(len(infos))
         errors += [info["error"] for info in infos if "error" in info]
         images, infos = [i for i in images if i is not None], [info for info in infos if "error" not in info]
         for image, info, found in zip(
@@ -288,7 +290,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file = str(files[info["index"]])
             records.append({"file": file, "width": size_hw[1], "height": size_hw[0], **values})
             total += len(found["scores"])
-        bar.update(len(batches[0]))
     bar.close()
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     (args.output / "detections.json").write_text(f"[\n{lines}\n]\n")
