@@ -3,6 +3,9 @@
 data        images/s of decoding and augmenting at the recipe's 480-800/1333, beside the same transforms on PIL images,
             and of a whole loader at several numbers of workers. The pictures are made here, or those of --train-json.
 inference   images/s of this model and of other detectors, in float32 and bfloat16, as a whole and part by part.
+training    images/s of `train.py`'s loop, and where the time of a step goes.
+matcher     matching alone, up to 1,000 objects an image.
+growth      how the time of detection grows with proposals, stages and image size, beside the paper's Tables 7 and 8.
 
 Out: a Markdown table on the terminal, and one line of JSON added to --output.
 
@@ -17,7 +20,7 @@ from collections.abc import Sequence
 from config import UserError, run_main
 
 # Each a module with a main(argv), imported when it is asked for: `data` needs no detectors.
-COMMANDS = {"data": "tools.benchmark_data", "inference": "tools.benchmark_inference"}
+COMMANDS = {name: f"tools.benchmark_{name}" for name in ("data", "inference", "training", "matcher", "growth")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ from config import PRESETS, Config, PresetName, UserError, parse_args, pick_devi
 from evaluate import AMP_DTYPES
 from model import SparseRCNN, build_model
 from tools.benchmark_peers import PeerName, build_peer, rois_per_image, tame_residuals
-from tools.measure import Row, product_rate, report, synchronize, take_turns
+from tools.measure import PeakMemory, Row, product_rate, report, take_turns
 
 Call = Callable[[], object]
 PLAIN, FAST, WHOLE = "ours", "ours, for_inference()", "all"
@@ -147,13 +147,9 @@ def peak_mb(model: nn.Module, run: Call, device: torch.device) -> float | None:
     """The model's weights and the most that a pass adds; None where the device does not count."""
     if device.type != "cuda":
         return None
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)  # other variants' weights are among it
-    run()
-    synchronize(device)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return (torch.cuda.max_memory_allocated(device) - before + weights) / 1e6
+    with PeakMemory(device) as memory:  # without all variants' weights
+        run()
+    return memory.megabytes + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
 
 
 def differences(model: SparseRCNN, images: Sequence[Tensor], expected: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -45,6 +45,35 @@ def take_turns(
     return {key: found[warmup:] for key, found in turns.items()}
 
 
+class PeakMemory:
+    """`with PeakMemory(device) as memory: …`; then `memory.megabytes` is the most memory that was in use in it.
+
+    CUDA's without what was in use before; on a CPU under Linux all of the process's; None elsewhere.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.megabytes, self._before = device, None, 0
+        self.is_cuda = device.type == "cuda"
+        self.is_counted = self.is_cuda or (device.type == "cpu" and Path("/proc/self/clear_refs").exists())
+
+    def __enter__(self) -> "PeakMemory":
+        synchronize(self.device)
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif self.is_counted:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man proc)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        synchronize(self.device)
+        if self.is_cuda:
+            self.megabytes = (torch.cuda.max_memory_allocated(self.device) - self._before) / 1e6
+        elif self.is_counted:
+            peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+            self.megabytes = int(peak[1]) * 1024 / 1e6
+
+
 def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """Floating-point operations a second of a large square matrix product, the best of some: what the machine can do.
 
