@@ -61,7 +61,7 @@ COLUMNS = {
 class TrainingArgs:
     preset: PresetName = "r50-100"  # which of our models
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
-    amp: tuple[Literal["off", "bf16", "fp16"], ...] = ("off", "bf16")  # float32, and mixed precision
+    amp: tuple[Literal["off", "bf16"], ...] = ("off", "bf16")  # float32, and mixed precision
     batch_size: tuple[int, ...] = (2, 16)  # images a step
     micro_batch: int | None = None  # images at a time, where a batch does not fit into memory
     size: int = 800  # pixels: shortest side of the images, which are 4:3
@@ -136,7 +136,7 @@ class Variant:
     def _step(self) -> int:
         values = next(self.steps)
         if "bad_steps" in values:
-            raise RuntimeError("a step was not finite and was left out: its time says nothing")
+            raise RuntimeError("a step was not finite and was skipped: its time says nothing")
         return int(values["images"])
 
 
@@ -202,8 +202,11 @@ def main(argv: Sequence[str]) -> None:
     args = parse_args(argv, TrainingArgs, "python -m tools.benchmark training", "Speed of training, and of its parts.")
     if not args.amp or not args.batch_size:
         raise UserError("training: --amp and --batch-size name at least one precision (off is float32) and one size")
-    if min(*args.batch_size, args.repeats, args.warmup) < 1 or min(args.seed, args.workers) < 0:
-        raise UserError("training: --batch-size, --repeats and --warmup are at least 1, --seed and --workers 0")
+    micro_batch = 1 if args.micro_batch is None else args.micro_batch
+    if min(*args.batch_size, micro_batch, args.repeats, args.warmup) < 1 or min(args.seed, args.workers) < 0:
+        raise UserError(
+            "training: --batch-size, --micro-batch, --repeats and --warmup are at least 1, --seed and --workers 0"
+        )
     if args.size < 32:
         raise UserError(f"training: images of {args.size} px; --size is at least 32")
     device = pick_device(args.device)
