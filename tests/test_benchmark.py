@@ -126,6 +126,11 @@ def test_pictures_are_repeatable_and_as_large_as_photographs(tmp_path: Path) -> 
     ],
 )
 def test_mistakes_exit_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_refused(argv, message, capsys)
+
+
+def check_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line says what is wrong, on standard error, and exits with 2."""
     try:
         status = run_main(lambda: main(argv), "tools.benchmark")
     except SystemExit as stop:  # tyro has printed it

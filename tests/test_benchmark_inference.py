@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from test_benchmark import printed_rows
+from test_benchmark import check_refused, printed_rows
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
@@ -78,12 +78,7 @@ def test_what_is_not_installed_is_left_out(
     ],
 )
 def test_mistakes_exit_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status = run_main(lambda: main(["inference", *argv]), "tools.benchmark")
-    except SystemExit as stop:  # tyro has printed it
-        status = stop.code
-    printed = capsys.readouterr()
-    assert status == 2 and message in printed.err and "Traceback" not in printed.err and printed.out == ""
+    check_refused(["inference", *argv], message, capsys)
 
 
 def test_a_missing_compiler_is_told_before_anything_is_measured(
@@ -141,6 +136,36 @@ def test_peers_do_not_resize(build: Callable[..., nn.Module], hw: tuple[int, int
     mean, std = (torch.tensor(values)[:, None, None] for values in (transform.image_mean, transform.image_std))
     assert batch.image_sizes == [hw] and batch.tensors.shape[2:] == tuple(-(-side // 32) * 32 for side in hw)
     assert torch.allclose(batch.tensors[0, :, : hw[0], : hw[1]], (image - mean) / std, atol=1e-5)
+
+
+def test_a_cascade_of_equal_stages_that_move_nothing_is_faster_rcnn() -> None:
+    cascade, single = build_peer("cascade-rcnn", 64, 96), build_peer("faster-rcnn", 64, 96)
+    single.roi_heads.box_predictor.bbox_pred.weight.zero_()
+    single.roi_heads.box_predictor.bbox_pred.bias.zero_()
+    single.roi_heads.box_predictor.cls_score.weight *= 100  # scores beyond the threshold
+    cascade.backbone.load_state_dict(single.backbone.state_dict())
+    cascade.rpn.load_state_dict(single.rpn.state_dict())
+    for stage in cascade.roi_heads.stages:
+        stage.box_head.load_state_dict(single.roi_heads.box_head.state_dict())
+        stage.cls_score.load_state_dict(single.roi_heads.box_predictor.cls_score.state_dict())
+        stage.bbox_pred.weight.zero_()
+        stage.bbox_pred.bias.zero_()
+    images = list(torch.rand(2, 3, 64, 96))
+    for found, expected in zip(cascade(images), single(images), strict=True):
+        assert len(expected["scores"]) > 10
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+    # Each stage works on the boxes that the one before has moved.
+    cascade.roi_heads.stages[0].bbox_pred.bias[0] = 10.0  # by one width, as the first stage's deltas are tenths
+    seen = []
+    hook = cascade.roi_heads.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    cascade(images)
+    hook.remove()
+    first, second, third = (boxes[0] for boxes in seen)
+    moved = first[:, [0, 2]] + (first[:, 2] - first[:, 0])[:, None]
+    torch.testing.assert_close(second[:, [0, 2]], moved.clamp(0, 96))
+    torch.testing.assert_close(second[:, [1, 3]], first[:, [1, 3]])
+    torch.testing.assert_close(third, second)
 
 
 def test_rois_are_those_of_the_rpn() -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from test_benchmark import printed_rows
+from test_benchmark import check_refused, printed_rows
 
-from config import run_main
 from data import make_dataset
 from distributed import GroupedBatches, make_loader
 from tools.benchmark import main
@@ -178,9 +177,4 @@ def test_growth_prints_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_mistakes_exit_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status = run_main(lambda: main(argv), "tools.benchmark")
-    except SystemExit as stop:  # tyro has printed it
-        status = stop.code
-    printed = capsys.readouterr()
-    assert status == 2 and message in printed.err and "Traceback" not in printed.err and printed.out == ""
+    check_refused(argv, message, capsys)
