@@ -94,6 +94,7 @@ class Config:
     warmup_factor: float = 0.01  # share of the rate that the warm-up starts from (code)
     clip_norm: float = 1.0  # largest norm of the whole model's gradient (code)
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision; matching, losses and boxes stay in float32
+    compile: bool = False  # torch.compile for backbone and stages: minutes once, then faster steps on a GPU
     max_bad_steps: int = 20  # the run ends after so many steps in a row whose loss or gradient is not finite
     checkpoint_minutes: float = 10.0  # minutes between two writes of last.pt; it is written after every epoch as well
     flip: bool = True  # horizontal flips of half of the training images (code)

@@ -15,7 +15,7 @@ was padded. Images of equal padded size give the same detections alone and toget
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,19 @@ class SparseRCNN(nn.Module):
         num_classes, device = logits.shape[-1], logits.device
         targets = [check_target(target, num_classes, index, device) for index, target in enumerate(targets)]
         return self.criterion(logits, boxes_px, targets, whwh_px, num_objects)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles in place what keeps its shape, with `nn.Module.compile`'s arguments: the backbone and every stage.
+
+        `torch.compile(model)` gives the same results, but it compiles again for most image sizes: how many boxes go to
+        a pyramid level is known only when it runs. Here that remains as it is, between the compiled parts; the stages
+        do not depend on the image size, and the backbone is compiled once for all sizes (on a CPU, once more for
+        images below about 256 px, for which its convolutions are others). Copies, also `for_inference()`'s, are not
+        compiled.
+        """
+        self.backbone.compile(*args, **{"dynamic": True, **kwargs})
+        for stage in self.head.stages:
+            stage.compile(*args, **kwargs)
 
     def for_inference(self) -> "SparseRCNN":
         """A copy that gives the same detections faster and cannot be trained.

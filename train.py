@@ -71,6 +71,8 @@ class Trainer:
         self.config, self.here, self.steps_per_epoch = config, here, steps_per_epoch
         self.total_steps = config.epochs * steps_per_epoch
         self.model = build(config).to(here.device)
+        if config.compile:
+            self.model.compile()
         self.optimizer = AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -180,12 +182,11 @@ class Trainer:
             if self.stopping:
                 break
             values = self.train_step(images, targets, num_objects)
-            seconds = time.perf_counter() - end
-            end += seconds
-            counts = {"steps": 1, "images": num_images, "seconds": seconds, "data_seconds": waited}
-            for name, value in {**values, **counts}.items():
+            values |= {"steps": 1, "images": num_images, "seconds": time.perf_counter() - end, "data_seconds": waited}
+            end += values["seconds"]
+            for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
-            yield {**values, **counts}
+            yield values
 
     def state(self, dataset: Dataset) -> dict[str, Any]:
         """The checkpoint; all processes have to call this."""

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def variant_of(config=TINY) -> Variant:
     dataset = make_dataset(config, "train")
     batches = GroupedBatches(dataset.sizes_hw, config.batch_size, config.seed)
-    return Variant(config, CPU, make_loader(dataset, batches, 0, reseeded=True), compiled=False)
+    return Variant(config, CPU, make_loader(dataset, batches, 0, reseeded=True))
 
 
 # --- training ---

@@ -165,6 +165,29 @@ def test_compiled_training_gives_the_same(compiled: tuple[SparseRCNN, Callable])
         assert (gradients[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
+def test_compiled_parts_give_the_same_and_compile_once_for_all_image_sizes() -> None:
+    torch.compiler.reset()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    model = build_model(replace(TINY, backbone="resnet18", pretrained_backbone=False, num_stages=4)).train()
+    fast = copy.deepcopy(model)
+    fast.compile(backend=backend)
+    counts = []
+    for height, width in ((256, 320), (320, 256), (288, 352), (256, 448), (384, 384)):
+        images = list(torch.rand(2, 3, height, width))
+        expected, found = model(images, TARGETS[:2]), fast(images, TARGETS[:2])
+        counts.append(len(graphs))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    # The backbone, and a stage once for all four: the first one's proposals need not be as contiguous as the others'.
+    assert counts[0] == counts[-1] in (2, 3)
+    assert len(copy.deepcopy(fast)([torch.rand(3, 256, 320)], TARGETS[:1])) and len(graphs) == counts[-1]
+
+
 def test_a_deep_copy_is_a_model_of_its_own() -> None:
     model = trained()
     other = copy.deepcopy(model)

@@ -19,10 +19,10 @@ from test_distributed import torchrun
 import train
 from checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
 from config import PRESETS, Config, UserError
-from data import CocoDataset
+from data import CocoDataset, make_dataset
 from distributed import World
 from evaluate import evaluate
-from model import build_model
+from model import SparseRCNN, build_model
 from shapes import ShapesDataset
 from train import Trainer, main
 
@@ -160,6 +160,22 @@ def uninterrupted(module_flags: list[str], tmp_path_factory: pytest.TempPathFact
     output = tmp_path_factory.mktemp("uninterrupted")
     assert main([*module_flags, "--output", str(output)]) == 0
     return output
+
+
+def test_compiled_training_is_the_same_training(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    backend, compiled = "aot_eager", SparseRCNN.compile  # the graphs as they are: no compiler, but all before it
+    monkeypatch.setattr(SparseRCNN, "compile", lambda model: compiled(model, backend=backend))
+    dataset = make_dataset(tiny_config, "train")
+    images, targets = (list(column) for column in zip(*(dataset[i] for i in range(4)), strict=True))
+    steps = []
+    for is_compiled in (False, True):
+        trainer = Trainer(replace(tiny_config, compile=is_compiled), World(torch.device("cpu")), steps_per_epoch=3)
+        assert (trainer.model.backbone._compiled_call_impl is not None) == is_compiled
+        trainer.model.train()
+        steps.append([trainer.train_step(images, targets, 9.0) for _ in range(3)])
+    for expected, found in zip(*steps, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("stop_after", [2, 3, 4])

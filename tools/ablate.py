@@ -43,7 +43,7 @@ from visualize import new_figure, plot_bars
 # the crowded one Sparse R-CNN has only begun to learn (AP 1.5), and comparing its variants would compare nothing.
 ABLATION = replace(PRESETS["shapes"], num_stages=6, num_proposals=10, eval_every=6)
 # Settings that do not change what is trained; num_classes comes from the data.
-IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes")
+IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes", "compile")
 HEADINGS = {"FPS": ("FPS", "images/s"), "time": ("training, h", "training, min")}  # the paper's and ours, where not one
 
 

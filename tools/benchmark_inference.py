@@ -98,8 +98,7 @@ def our_models(config: Config, device: torch.device, compiled: bool) -> dict[str
     models = {PLAIN: plain, "ours, channels last": last, "ours, norms folded": folded, FAST: plain.for_inference()}
     if compiled:
         model = models[f"{FAST}, compiled"] = plain.for_inference()
-        model.backbone.compile()
-        model.head.compile()
+        model.compile()
     return models
 
 

@@ -111,11 +111,8 @@ class PartClock:
 class Variant:
     """A trainer that takes one step at a time, and what is known of its steps."""
 
-    def __init__(self, config: Config, device: torch.device, loader: DataLoader, compiled: bool):
+    def __init__(self, config: Config, device: torch.device, loader: DataLoader):
         self.trainer = Trainer(config, World(device), len(loader.batch_sampler), random_model)
-        if compiled:
-            self.trainer.model.backbone.compile()
-            self.trainer.model.head.compile()
         self.clock = PartClock(self.trainer)
         self.steps: Iterator[dict[str, float]] = self.trainer.train_epoch(loader)
         self.parts: list[dict[str, float]] = []  # seconds of each part of the steps that were timed so
@@ -168,7 +165,7 @@ def measure_training(config: Config, device: torch.device, args: TrainingArgs, r
             batches = GroupedBatches(dataset.sizes_hw, config.batch_size, config.seed)
             loader = make_loader(dataset, batches, config.workers, reseeded=True)
             with PeakMemory(device) as memory:
-                variants[key] = Variant(replace(config, amp=amp), device, loader, compiled)
+                variants[key] = Variant(replace(config, amp=amp, compile=compiled), device, loader)
                 variants[key].whole()  # loads the first pictures, makes the optimiser's state, compiles
                 variants[key].whole()
             peak_mb[key] = memory.megabytes
