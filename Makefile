@@ -40,10 +40,12 @@ notebooks: $(READY)
 check-notebooks: $(READY)
 	$(RUN) -m nbconvert --to notebook --execute --output-dir runs/notebooks --log-level WARN notebooks/*.ipynb
 
-# The checkpoint in assets/, anew: about 25 minutes on 2 CPU cores. Notebooks and tests use it.
+# The checkpoint in assets/ and the README's pictures of it, anew: about 25 minutes on 2 CPU cores. Notebooks and tests use it.
 assets: $(READY)
+	@rm -rf runs/assets
 	$(RUN) train.py --preset shapes --num-stages 6 --epochs 20 --eval-every 5 --output runs/assets
 	$(RUN) -m tools.convert runs/assets/last.pt assets/shapes.pt --half
+	$(RUN) visualize.py readme
 
 lint: $(READY)
 	$(RUN) -m ruff check

@@ -71,7 +71,7 @@ class ResNetFPN(nn.Module):
         name: "resnet18", "resnet50" or "resnet101".
         out_channels: C, of every level.
         pretrained: start from torchvision's ImageNet weights.
-        frozen: the batch norms are constants, and the stem and the first stage get no gradient, as in the authors'
+        frozen: the batch norms are constants, and the stem and layer1 get no gradient, as in the authors'
             code. Without ImageNet weights frozen norms learn badly: pass False, and everything is trained.
 
     Raises:

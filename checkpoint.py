@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import Config, UserError
+from config import Config, UserError, first_line
 from data import CocoDataset, ShapesDataset, make_dataset
 from model import SparseRCNN, build_model
 from tools.convert import as_checkpoint, convert_checkpoint
@@ -71,11 +71,6 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         raise OSError(
             f"{path}: the checkpoint could not be written ({error}); what was there before is intact"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def download(name: str) -> Path:

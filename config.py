@@ -58,7 +58,7 @@ class Config:
     # --- model ---
     backbone: Literal["resnet18", "resnet50", "resnet101", "small"] = "resnet50"  # "small" is for Shapes
     pretrained_backbone: bool = True  # start ResNet from torchvision's ImageNet weights (slides: training details)
-    # Batch norms, stem and first stage keep their ImageNet values (code); turn off to train from scratch.
+    # The ResNet's batch norms, stem and layer1 keep their ImageNet values (code); turn off to train from scratch.
     freeze_backbone: bool = True
     num_classes: int = 80  # K; train.py takes it from the annotations
     num_proposals: int = 100  # N learned proposals (slides: training details)
@@ -69,9 +69,9 @@ class Config:
     ffn_dim: int = 2048  # inner width of each stage's feed-forward network (code)
     dropout: float = 0.0  # share of activations dropped in attention and feed-forward (code)
     num_cls_layers: int = 1  # hidden layers before the class logits (code)
-    num_reg_layers: int = 3  # hidden layers before the box deltas (slides: overview)
+    num_reg_layers: int = 3  # hidden layers before the box deltas (code)
     roi_size: int = 7  # RoIAlign's output is roi_size x roi_size bins (code)
-    canonical_box_px: int = 224  # sqrt(area) of the boxes pooled from p4; half of it from p3, and so on (code)
+    canonical_box_px: int = 224  # sqrt(area) from which on boxes are pooled from p4; from half of it p3 … (code)
 
     # --- matching and loss ---
     class_weight: float = 2.0  # lambda_cls, of the focal cost and loss (slides: prediction loss)
@@ -168,7 +168,8 @@ PRESETS: dict[str, Config] = {
     "r50-300": replace(_R50, preset="r50-300", **_STAR),
     "r101-100": replace(_R50, preset="r101-100", backbone="resnet101"),
     "r101-300": replace(_R50, preset="r101-300", backbone="resnet101", **_STAR),
-    # Small enough to learn the Shapes pictures from random weights in minutes on two CPU cores.
+    # Small enough to learn the Shapes pictures from random weights in minutes on two CPU cores. At 96 pixels all boxes
+    # are small: they are pooled from p2, and p3 … p5 reach them through the FPN alone.
     "shapes": Config(
         preset="shapes",
         data="shapes-demo",
@@ -217,6 +218,11 @@ def parse_args(argv: Sequence[str] | None, into: type, prog: str, description: s
     return tyro.cli(into, args=args, prog=prog, description=description, config=config, **kwargs)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def pick_device(name: str) -> torch.device:
     """ "auto" takes CUDA, else Apple's MPS, else the CPU; any other name is torch's.
 
@@ -229,7 +235,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
+        raise UserError(f"--device {name}: {first_line(error)}; try auto or cpu") from None
     return device
 
 

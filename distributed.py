@@ -1,7 +1,7 @@
 """Several processes as one: which images each of them trains on, and what they tell one another.
 
 The recipe is the same at any number of processes. The images of step s of epoch e depend on (seed, e, s) alone, and
-process r of P takes every P-th of them from the r-th on. How an image is augmented depends on (seed, e, image) alone,
+process r of n takes every n-th of them from the r-th on. How an image is augmented depends on (seed, e, image) alone,
 whichever process or worker does it. So one process and eight see the same batches, and a run that is resumed sees what
 it would have seen. Two things depend on the division: padding, which is not masked and is to the largest of the images
 that go through at a time, and trained batch norms (`--backbone small`, `--no-freeze-backbone`), whose statistics are of
@@ -185,8 +185,8 @@ class Clock:
 class GroupedBatches(Sampler):
     """This process's share of every batch of an epoch, as (index, augmentation seed) pairs.
 
-    A batch holds only wide or only tall images, so that less of it is padding. What does not fill a batch is left out;
-    the next epoch leaves out others. A data set smaller than one batch is one smaller batch.
+    All batches but at most one hold only wide or only tall images, so that less is padding. What does not fill a batch
+    is left out; the next epoch leaves out others. A data set smaller than one batch is one smaller batch.
 
     Args:
         sizes_hw: (len, 2), height and width of each image.
@@ -221,7 +221,7 @@ class GroupedBatches(Sampler):
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.is_wide))
         groups = [order[self.is_wide[order]], order[~self.is_wide[order]]]
-        # What is over in both groups makes mixed batches, the only ones, at the end.
+        # What is over in both groups makes one more batch at most, a mixed one.
         whole = [group[: len(group) - len(group) % self.batch_size] for group in groups]
         rest = np.concatenate([group[len(group) - len(group) % self.batch_size :] for group in groups])
         batches = np.concatenate([*whole, rest])[: len(self) * self.batch_size].reshape(len(self), self.batch_size)

@@ -49,7 +49,7 @@ def same_padding_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
 
 def _timed(model: nn.Module, batches: Iterator, device: torch.device, amp: str) -> Iterator[tuple]:
     """Yields (targets, detections, images' (h, w), seconds) batch by batch, the device being waited for."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     for images, targets in batches:
         images = [image.to(device, non_blocking=True) for image in images]
         synchronize()

@@ -22,6 +22,8 @@ The file imports nothing of this project: copied alone it runs.
 
 Deviations (ours | paper | authors' code | why)
     LayerNorm and ReLU after `linear2` | not in the pseudocode | the same as ours | the published weights need them
+    one hidden layer before the logits, three before the deltas | "a linear projection", "3-layer perception" | as ours
+        | the published weights have them
     weights are initialised by name | — | by shape: every tensor whose last size is K gets the class bias | with 4, 64
         or 256 classes that also overwrites box layers, norms or nearly everything
     the dynamic interaction trains in float32 where autocast is float16 | — | float32 | see `DynamicInteraction.forward`
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torchvision.ops import roi_align
 
-# A stage may widen a box at most to this multiple of its size; exp() of a wild delta would overflow (authors' code).
+# Logarithm of the most by which a stage may widen a box; exp() of a wild delta would overflow (authors' code).
 MAX_LOG_SCALE = math.log(100_000 / 16)
 DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)  # deltas (dx, dy, dw, dh) are divided by these (authors' configuration)
 
@@ -140,7 +142,7 @@ class RoIPooler(nn.Module):
     Args:
         roi_size: R, bins along a side.
         strides: pixels a cell of each level, finest first.
-        canonical_box_px: sqrt(area) of the boxes that belong to stride 16.
+        canonical_box_px: sqrt(area) from which on boxes belong to stride 16; from half of it to stride 8, and so on.
         sampling_ratio: samples a bin and direction.
     """
 

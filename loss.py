@@ -28,6 +28,8 @@ The file imports nothing of this project, the matcher being an argument: copied 
 {'loss_cls_0': 2.946, 'loss_l1_0': 0.0, 'loss_giou_0': 0.0}
 
 Deviations (ours | paper | authors' code | why)
+    the class loss is over all proposals | "only performed on matched pairs" | as ours | unmatched proposals have to
+        learn to be silent
     sums are divided by max(1, objects in the whole effective batch) | — | max(1, mean objects a process) | with the
         gradients summed over processes it is the same, unless a batch has fewer objects than processes
 """

@@ -44,7 +44,7 @@ class Assignment(NamedTuple):
 
 
 def _generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU of boxes (…, 4) xyxy pair by pair, broadcast; torchvision's compares all with all."""
+    """GIoU of boxes (…, 4) xyxy pair by pair, broadcast. torchvision's compares all with all, its loss adds masks."""
     area_a = (a[..., 2:] - a[..., :2]).prod(-1)
     area_b = (b[..., 2:] - b[..., :2]).prod(-1)
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)

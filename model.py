@@ -8,8 +8,8 @@ where torchvision's objects start at 1. And images are never resized here: the t
 
 Shapes: B images, N proposals, C channels, S stages, K classes, M objects of one image.
 
-Padding is not masked, as in the authors' code: images are padded with zeros on the right and bottom to a common
-multiple of 32, and frozen batch norms make something of zeros. So an image's detections depend a little on how far it
+Padding is not masked, as in the authors' code: images are padded with zeros on the right and bottom to one size, of
+multiples of 32, and frozen batch norms make something of zeros. So an image's detections depend a little on how far it
 was padded. Images of equal padded size give the same detections alone and together; `evaluate.py` batches only such.
 """
 
@@ -63,7 +63,7 @@ class SparseRCNN(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def prepare(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Normalises images and pads them with zeros on the right and bottom to a common multiple of 32 pixels.
+        """Normalises images and pads them with zeros on the right and bottom to one size, of multiples of 32 pixels.
 
         Args:
             images: B tensors (3, H, W) RGB, uint8 0–255 or float 0–1, on any device.
@@ -72,7 +72,7 @@ class SparseRCNN(nn.Module):
             The batch (B, 3, H', W') on the model's device and whwh_px (B, 4), each image's own w, h, w, h.
 
         Raises:
-            ValueError: not a list of images, a shape that is not (3, H, W), or an integer dtype other than uint8.
+            ValueError: no images, a shape that is not (3, H, W), or an integer dtype other than uint8.
         """
         if not len(images):
             raise ValueError("SparseRCNN: an empty list of images")

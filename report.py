@@ -44,7 +44,7 @@ def git_revision() -> str:
 def print_summary(
     config: Config, here: World, model: nn.Module, train_set: Dataset, val_set: Dataset | None, notes: list[str]
 ) -> None:
-    """What is about to run, and where it differs from the paper's recipe of its preset's kind."""
+    """What is about to run, and every setting that differs from `r50-100`'s."""
     is_gpu = here.device.type == "cuda"
     name = (
         torch.cuda.get_device_name(here.device) if is_gpu else f"{here.device.type} ({torch.get_num_threads()} threads)"

@@ -10,6 +10,7 @@ Out: in --output DIR: last.pt, best.pt, metrics.jsonl (a line an epoch), config.
 Deviations (ours | paper | authors' code | why)
     an epoch is a pass over the data, its last incomplete batch left out | epochs | 270,000 iterations with endless
         shuffling | readers count in epochs; 36 of them are 266,112 iterations
+    a step that is not finite is skipped | not told | ends the run | one bad batch should not cost a run
 """
 
 import contextlib
@@ -244,7 +245,7 @@ class TrainArgs:
     config: Config = field(default_factory=Config)
     output: Path = Path("runs/train")  # folder that everything is written into
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
-    # Checkpoint to start from: ours, the authors' or MMDetection's. What fits is kept, also where the classes differ.
+    # Checkpoint to start from: ours, the authors', MMDetection's, sparse-rcnn-r50-100 … What fits is kept.
     weights: str | None = None
     # Checkpoint to go on from, with its settings where no flag says otherwise; "auto" is last.pt in --output, if there.
     resume: str | None = None
@@ -331,9 +332,8 @@ def train(trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output:
         if val_set is not None and ((trainer.epoch + 1) % config.eval_every == 0 or trainer.epoch + 1 == config.epochs):
             size = config.micro_batch or config.batch_size // here.size
             with trainer.stop.obeyed(f"in an evaluation; {output / 'last.pt'} is from right before it"):
-                metrics, _ = evaluate(
-                    trainer.model, val_set, here, batch_size=size, workers=config.workers, amp=config.amp
-                )
+                loading = {"batch_size": size, "workers": config.workers}
+                metrics, _ = evaluate(trainer.model, val_set, here, **loading, amp=config.amp)
             report.say(format_table(metrics))
         trainer.epoch += 1
         improved = metrics.get("AP", -1.0) > trainer.best

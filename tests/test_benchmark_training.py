@@ -16,16 +16,16 @@ from distributed import GroupedBatches, make_loader
 from tools.benchmark import main
 from tools.benchmark_growth import VARIANTS, with_size
 from tools.benchmark_inference import random_model
-from tools.benchmark_training import PARTS, Variant
+from tools.benchmark_training import PARTS, TimedTrainer
 from tools.measure import PeakMemory
 
 CPU = torch.device("cpu")
 
 
-def variant_of(config=TINY) -> Variant:
+def variant_of(config=TINY) -> TimedTrainer:
     dataset = make_dataset(config, "train")
     batches = GroupedBatches(dataset.sizes_hw, config.batch_size, config.seed)
-    return Variant(config, CPU, make_loader(dataset, batches, 0, reseeded=True))
+    return TimedTrainer(config, CPU, make_loader(dataset, batches, 0, reseeded=True))
 
 
 # --- training ---

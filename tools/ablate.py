@@ -1,4 +1,4 @@
-"""Every ablation of the paper, one command each: `python -m tools.ablate TABLE …`, with 3 4 5 6 7 8 10 or all.
+"""The ablations of the paper's slides, one command each: `python -m tools.ablate TABLE …` (3 4 5 6 7 8 10 or all).
 
 It trains the variants of the tables (`tools/variants.py`) with the same data, schedule and seeds, and sets the paper's
 figures beside ours. A variant that several tables have is trained once. What is finished is kept, and a run that was
@@ -38,9 +38,9 @@ from tools.measure import format_table, machine
 from tools.variants import VARIANTS, shared_name
 from visualize import new_figure, plot_bars
 
-# The shapes preset with the paper's six stages, and half of its proposals: then five times as many can be afforded, and
-# the ratio to the objects of a picture (3, at most 5) is nearer to the paper's. The demo level: within 1,500 steps on
-# the crowded one Sparse R-CNN has only begun to learn (AP 1.5), and comparing its variants would compare nothing.
+# The shapes preset with the paper's six stages, and half of its proposals: then five times as many can be afforded. The
+# demo level: within 1,500 steps on the crowded one Sparse R-CNN has only begun to learn (AP 1.5 from the grid), and
+# comparing its variants would compare nothing.
 ABLATION = replace(PRESETS["shapes"], num_stages=6, num_proposals=10, eval_every=6)
 # Settings that do not change what is trained; num_classes comes from the data.
 IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes", "compile")

@@ -11,7 +11,8 @@ Columns: GFLOP are of one image, a multiply-add being two operations, without wh
 (RoIAlign, deformable attention, element-wise work). "of product rate" is their share of what the machine does in the
 same time when it multiplies large matrices of this dtype. It may be above 100 %: on CPUs whose convolutions come from
 a better library than their float32 products, and on GPUs in float32, where PyTorch allows TF32 in convolutions alone.
-Peak memory, on CUDA alone, is the model's weights and the most that a pass adds to them; a CPU has no counter of it.
+Peak memory, on CUDA alone, is the model's weights and the most that a pass adds to them; on a CPU only the whole
+process's is known, with all variants' weights in it.
 The differences are the largest ones to ours in plain float32, over scores (0–1) and boxes of all proposals and stages.
 In bfloat16 they are no measure of quality: with random weights every rounding grows from stage to stage.
 """
@@ -29,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import fold_batch_norms
-from config import PRESETS, Config, PresetName, UserError, parse_args, pick_device
+from config import PRESETS, Config, PresetName, UserError, first_line, parse_args, pick_device
 from evaluate import AMP_DTYPES
 from model import SparseRCNN, build_model
 from tools.benchmark_peers import PeerName, build_peer, rois_per_image, tame_residuals
@@ -107,7 +108,7 @@ def check_compiler() -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
     except RuntimeError as error:
-        raise UserError(f"--compile: torch.compile does not work here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--compile: torch.compile does not work here ({first_line(error)})") from None
 
 
 def parts(model: SparseRCNN, images: Sequence[Tensor]) -> dict[str, Call]:

@@ -43,7 +43,7 @@ class CascadeStage(nn.Module):
     """A box head of Cascade R-CNN: Faster R-CNN's two layers, then scores, and one box for all classes.
 
     Args:
-        num_classes: K, the background included.
+        num_classes: K + 1, the background included.
         scale: of the deltas, one for all stages in Faster R-CNN; here later stages move boxes less.
     """
 
@@ -54,7 +54,7 @@ class CascadeStage(nn.Module):
         self.box_coder = BoxCoder((10 * scale, 10 * scale, 5 * scale, 5 * scale))
 
     def forward(self, regions: Tensor, proposals: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """regions (n, C, 7, 7) of B lists of boxes, n in all -> scores (n, K), and the boxes moved."""
+        """regions (n, C, 7, 7) of B lists of boxes, n in all -> scores (n, K + 1), and the boxes moved."""
         found = self.box_head(regions)
         moved = self.box_coder.decode(self.bbox_pred(found), proposals)[:, 0]  # (n, 4)
         return self.cls_score(found).softmax(-1), list(moved.split([len(boxes) for boxes in proposals]))
@@ -84,7 +84,7 @@ class CascadeHeads(nn.Module):
             proposals = [clip_boxes_to_image(*pair) for pair in zip(proposals, image_shapes, strict=True)]
             scores.append(found)
         # It wants logits, and deltas for every class: the softmax of these is the mean, and no delta moves a box.
-        logits = torch.stack(scores).mean(0).log()  # (n, K)
+        logits = torch.stack(scores).mean(0).log()  # (n, K + 1)
         found = self.roi_heads.postprocess_detections(
             logits, logits.new_zeros(len(logits), 4 * self.num_classes), proposals, image_shapes
         )

@@ -1,7 +1,8 @@
 """`python -m tools.benchmark training`: images/s of training, and where the time of a step goes.
 
 What is measured is `train.py`'s own loop: its loader on JPEGs of COCO's size, its step, with the preset's optimiser,
-clipping and frozen layers. All weights are random, which is right for speed: the work is the same on any weights.
+clipping and frozen layers. All weights are random, which is right for speed: the work is the same on any weights, but
+for the assignment, which is harder on random ones.
 
 Rows "all" are whole steps, from one batch's end to the next one's. The other rows are of further steps, in which a
 clock is read between the parts; on an accelerator it has to wait there for what was asked for, which a whole step does
@@ -108,11 +109,11 @@ class PartClock:
             self.last = now
 
 
-class Variant:
+class TimedTrainer:
     """A trainer that takes one step at a time, and what is known of its steps."""
 
     def __init__(self, config: Config, device: torch.device, loader: DataLoader):
-        self.trainer = Trainer(config, World(device), len(loader.batch_sampler), random_model)
+        self.trainer = Trainer(config, World(device), len(loader.batch_sampler), tamed_model)
         self.clock = PartClock(self.trainer)
         self.steps: Iterator[dict[str, float]] = self.trainer.train_epoch(loader)
         self.parts: list[dict[str, float]] = []  # seconds of each part of the steps that were timed so
@@ -137,7 +138,7 @@ class Variant:
         return int(values["images"])
 
 
-def random_model(config: Config) -> SparseRCNN:
+def tamed_model(config: Config) -> SparseRCNN:
     """Random weights whose features do not grow from block to block."""
     model = build_model(config, pretrained_backbone=False)
     tame_residuals(model.backbone)
@@ -156,7 +157,7 @@ def step_flops(model: nn.Module, config: Config, loader: DataLoader) -> float:
 def measure_training(config: Config, device: torch.device, args: TrainingArgs, rates: dict[str, float]) -> list[Row]:
     """The rows of one batch size; `config` says which, `rates` are of a large matrix product in each of `args.amp`."""
     dataset = make_dataset(config, "train")
-    variants: dict[tuple[str, str], Variant] = {}
+    variants: dict[tuple[str, str], TimedTrainer] = {}
     peak_mb: dict[tuple[str, str], float | None] = {}
     runs: dict[tuple[tuple[str, str], bool], Callable[[], int]] = {}
     for compiled in (False, True) if args.compile else (False,):
@@ -165,7 +166,7 @@ def measure_training(config: Config, device: torch.device, args: TrainingArgs, r
             batches = GroupedBatches(dataset.sizes_hw, config.batch_size, config.seed)
             loader = make_loader(dataset, batches, config.workers, reseeded=True)
             with PeakMemory(device) as memory:
-                variants[key] = Variant(replace(config, amp=amp, compile=compiled), device, loader)
+                variants[key] = TimedTrainer(replace(config, amp=amp, compile=compiled), device, loader)
                 variants[key].whole()  # loads the first pictures, makes the optimiser's state, compiles
                 variants[key].whole()
             peak_mb[key] = memory.megabytes

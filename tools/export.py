@@ -31,8 +31,8 @@ import tyro
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from checkpoint import first_line, load_model
-from config import UserError, parse_args, run_main
+from checkpoint import load_model
+from config import UserError, first_line, parse_args, run_main
 from model import SparseRCNN
 
 METADATA = ("class_names", "category_ids", "test_size", "max_size")
@@ -218,12 +218,12 @@ def compare(found: dict[str, Tensor], logits: Tensor, boxes_px: Tensor, whwh_px:
     N, K = logits.shape
     scores = logits.sigmoid().flatten()  # (N·K,)
     cut = scores.topk(N).values[-1]
-    candidates = torch.nonzero(scores >= cut - SCORE_TOLERANCE).squeeze(1)  # (M,)
+    candidates = torch.nonzero(scores >= cut - SCORE_TOLERANCE).squeeze(1)  # (c,)
     scores, labels = scores[candidates], candidates % K
-    boxes_px = boxes_px.clamp(min=0).minimum(whwh_px)[candidates // K]  # (M, 4)
+    boxes_px = boxes_px.clamp(min=0).minimum(whwh_px)[candidates // K]  # (c, 4)
 
-    box_distance_px = (found["boxes"][:, None] - boxes_px).abs().amax(-1)  # (n, M)
-    score_distance = (found["scores"][:, None] - scores).abs()  # (n, M)
+    box_distance_px = (found["boxes"][:, None] - boxes_px).abs().amax(-1)  # (n, c)
+    score_distance = (found["scores"][:, None] - scores).abs()  # (n, c)
     distance = torch.maximum(box_distance_px / BOX_TOLERANCE_PX, score_distance / SCORE_TOLERANCE).double()
     distance[found["labels"][:, None] != labels] = torch.inf
     is_wrong = ~(distance <= 1)

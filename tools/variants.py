@@ -18,8 +18,9 @@ Where the slides leave something open, this is what was chosen:
                         all their rows from the grid: proposals that have only their boxes, and all the same one, would
                         find the same and predict the same, and nothing but the luck of the matching parts them (one
                         static stage came to AP 0.0 so). Their last row is the grid's of Table 6.
-    grid                cells of one size tile the image, in about as many rows as columns; the grids of several scales
-                        that G-CNN starts from do not give a number of boxes that can be chosen.
+    grid                cells tile the image, in about as many rows as columns; where N does not divide, the first rows
+                        have a cell more. The grids of several scales that G-CNN starts from do not give a number of
+                        boxes that can be chosen.
     random              normal(0.5, 0.2) for centre and size, clamped to 0–1 and 0.05–1: a box needs an area.
     positional encoding sines and cosines of the box, as in "Attention is all you need", added before every stage, as
                         DETR adds its object queries before every layer. It has nothing to learn, and no gradient goes
@@ -127,7 +128,7 @@ class PositionalStage(nn.Module):
 
 
 def box_encoding(boxes_px: Tensor, hidden_dim: int) -> Tensor:
-    """Sines and cosines of centre and size, in wavelengths from 2π to 20,000·π pixels.
+    """Sines and cosines of centre and size, in wavelengths from 2π pixels to almost 20,000·π.
 
     Args:
         boxes_px: (…, 4) float32 xyxy pixels.
