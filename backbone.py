@@ -64,6 +64,20 @@ def fold_batch_norms(module: nn.Module) -> None:
                 setattr(parent, name, nn.Identity())
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """torchvision's, but what comes in in half precision goes out in it, too.
+
+    torchvision's multiplies by float32 constants: under autocast everything between two convolutions is float32 then,
+    twice the memory and time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) of any float dtype -> the same."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+
+
 class ResNetFPN(nn.Module):
     """torchvision's ResNet-18/50/101 with frozen batch norms, and torchvision's FPN on top of its four stages.
 
@@ -80,7 +94,7 @@ class ResNetFPN(nn.Module):
 
     def __init__(self, name: str = "resnet50", out_channels: int = 256, pretrained: bool = True, frozen: bool = True):
         super().__init__()
-        resnet = get_model(name, weights=None, norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d)
+        resnet = get_model(name, weights=None, norm_layer=FrozenBatchNorm if frozen else nn.BatchNorm2d)
         if pretrained:
             resnet.load_state_dict(imagenet_state_dict(name))
         widths = [resnet.inplanes // 8, resnet.inplanes // 4, resnet.inplanes // 2, resnet.inplanes]
@@ -89,6 +103,7 @@ class ResNetFPN(nn.Module):
             for part in ("conv1", "layer1"):
                 self.body[part].requires_grad_(False)
         self.fpn = FeaturePyramidNetwork(widths, out_channels)
+        self.to(memory_format=torch.channels_last)  # convolutions are faster so, most of all in bfloat16
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> [p2, p3, p4, p5], each (B, C, H/stride, W/stride)."""

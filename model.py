@@ -165,7 +165,7 @@ class SparseRCNN(nn.Module):
     def for_inference(self) -> "SparseRCNN":
         """A copy that gives the same detections faster and cannot be trained.
 
-        Batch norms are folded into the convolutions, and convolutions run with the channels last in memory.
+        Batch norms are folded into the convolutions, and all convolutions run with the channels last in memory.
         """
         fast = copy.deepcopy(self).eval().requires_grad_(False)
         if isinstance(fast.backbone, ResNetFPN | SmallFPN):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.hub import load_state_dict_from_url
 from torchvision.models import resnet18
+from torchvision.ops import FrozenBatchNorm2d
 
 import backbone
-from backbone import STRIDES, ResNetFPN, SmallFPN
+from backbone import STRIDES, FrozenBatchNorm, ResNetFPN, SmallFPN
 
 
 @pytest.fixture
@@ -51,6 +52,31 @@ def test_levels_have_the_documented_shapes(size: tuple[int, int]) -> None:
     for network in (ResNetFPN("resnet18", 24, pretrained=False), SmallFPN(24)):
         shapes = [tuple(level.shape) for level in network(images)]
         assert shapes == [(2, 24, size[0] // stride, size[1] // stride) for stride in STRIDES]
+
+
+def test_frozen_norms_are_torchvisions_and_keep_half_precision() -> None:
+    ours, theirs = FrozenBatchNorm(5), FrozenBatchNorm2d(5)
+    for norm in (ours, theirs):
+        torch.manual_seed(1)
+        for name, value in norm.named_buffers():
+            value.copy_(torch.rand(5) + 0.5 if name in ("weight", "running_var") else torch.randn(5))
+    x = torch.randn(2, 5, 3, 4, requires_grad=True)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        found, expected = ours(x.to(dtype)), theirs(x.to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
+        gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=2 * tolerance, atol=10 * tolerance)
+
+
+def test_under_autocast_nothing_between_two_convolutions_is_float32() -> None:
+    network, seen = ResNetFPN("resnet18", 8, pretrained=False), []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and module is not network.body["conv1"]:
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.rand(1, 3, 64, 64))
+    assert len(seen) == 27 and set(seen) == {torch.bfloat16}
 
 
 def test_a_file_in_the_cache_is_used_without_a_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

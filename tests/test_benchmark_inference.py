@@ -15,7 +15,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resn
 from config import run_main
 from tools import benchmark_inference, benchmark_peers
 from tools.benchmark import main
-from tools.benchmark_inference import FAST, PLAIN, WHOLE, count_flops, differences, parts, random_model
+from tools.benchmark_inference import FAST, FIRST, PLAIN, WHOLE, count_flops, differences, parts, random_model
 from tools.benchmark_peers import build_peer, build_torchvision, rois_per_image
 from tools.measure import product_rate
 
@@ -27,7 +27,7 @@ def test_inference_prints_what_it_writes(tmp_path: Path, capsys: pytest.CaptureF
     text, line = capsys.readouterr().out, json.loads((tmp_path / "new" / "speed.jsonl").read_text())
     rows = {(row["variant"], row["dtype"], row["part"]): row for row in line["rows"]}
     dtypes, each = ("float32", "bfloat16"), ("prepare", "backbone", "head", "post-processing")
-    ours = (PLAIN, "ours, channels last", "ours, norms folded", FAST)
+    ours = (FIRST, f"{FIRST}, norms folded", PLAIN, FAST)
     expected = {(name, dtype, WHOLE) for name in (*ours, "faster-rcnn") for dtype in dtypes}
     assert set(rows) == expected | {(name, dtype, part) for name in (PLAIN, FAST) for dtype in dtypes for part in each}
     for row, cells in zip(line["rows"], printed_rows(text), strict=True):
