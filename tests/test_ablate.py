@@ -334,10 +334,15 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(command, tmp_path, m
 def test_runs_of_another_process_are_passed_over(command, tmp_path, monkeypatch, capsys):
     folder, flags, _ = command
     monkeypatch.setattr(train, "run", no_training)
+    result = folder / "runs/dynamic-seed0/result.json"
+    result.rename(folder / "kept.json")  # the run is not finished
     with ablate.claim(folder / "runs/dynamic-seed0.lock") as is_mine:
         assert is_mine
         assert ablate.main(["10", *flags]) == 0
-    assert "another process is at work on dynamic seed 0" in capsys.readouterr().out
+        assert "another process is at work on dynamic seed 0;" in capsys.readouterr().out
+        (folder / "kept.json").rename(result)
+        assert ablate.main(["10", *flags]) == 0
+        assert "another process" not in capsys.readouterr().out
     with ablate.claim(folder / "runs/dynamic-seed0.lock") as is_mine:
         assert is_mine
 

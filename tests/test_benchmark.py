@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import CocoFactory
 
+import tools.measure
 from config import Config, run_main
 from data import CocoDataset, make_dataset
 from distributed import Reseeded
@@ -73,8 +74,10 @@ def test_rates_are_medians_of_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPa
         return count
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tools.measure, "synchronize", lambda device: order.append("sync"))
     rows = measure({("a", 0): lambda: run("a", 8), ("b", 2): lambda: run("b", 16)}, repeats=3)
-    assert order == ["a", "b"] * 4
+    # The device is waited for on both sides of every run.
+    assert order == ["sync", "a", "sync", "sync", "b", "sync"] * 4
     assert printed_rows(format_table(rows, COLUMNS)) == [
         ["a", "0", "4.0", "1.0 – 8.0", "4.0"],
         ["b", "2", "4.0", "1.0 – 4.0", "2.0"],

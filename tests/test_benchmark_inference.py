@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,21 @@ from test_benchmark import check_refused, printed_rows
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
+from backbone import FrozenBatchNorm
 from config import run_main
 from tools import benchmark_inference, benchmark_peers
 from tools.benchmark import main
-from tools.benchmark_inference import FAST, FIRST, PLAIN, WHOLE, count_flops, differences, parts, random_model
+from tools.benchmark_inference import (
+    FAST,
+    FIRST,
+    PLAIN,
+    WHOLE,
+    count_flops,
+    differences,
+    our_models,
+    parts,
+    random_model,
+)
 from tools.benchmark_peers import build_peer, build_torchvision, rois_per_image
 from tools.measure import product_rate
 
@@ -84,7 +96,7 @@ def test_mistakes_exit_with_2(argv: list[str], message: str, capsys: pytest.Capt
 def test_a_missing_compiler_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(benchmark_inference.torch, "compile", lambda function: fail)
@@ -166,6 +178,18 @@ def test_a_cascade_of_equal_stages_that_move_nothing_is_faster_rcnn() -> None:
     torch.testing.assert_close(second[:, [0, 2]], moved.clamp(0, 96))
     torch.testing.assert_close(second[:, [1, 3]], first[:, [1, 3]])
     torch.testing.assert_close(third, second)
+
+
+def test_variants_differ_in_what_they_are_named_after() -> None:
+    models = our_models(replace(TINY, backbone="resnet18"), torch.device("cpu"), compiled=False)
+    assert list(models) == [FIRST, f"{FIRST}, norms folded", PLAIN, FAST]
+    for name, model in models.items():
+        assert any(isinstance(module, FrozenBatchNorm) for module in model.modules()) != (
+            "folded" in name or name == FAST
+        )
+        weight = model.backbone.body["layer1"][0].conv1.weight
+        assert weight.is_contiguous() == name.startswith(FIRST)
+        assert weight.is_contiguous(memory_format=torch.channels_last) != name.startswith(FIRST)
 
 
 def test_rois_are_those_of_the_rpn() -> None:

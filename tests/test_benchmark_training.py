@@ -13,11 +13,13 @@ from test_benchmark import check_refused, printed_rows
 
 from data import make_dataset
 from distributed import GroupedBatches, make_loader
+from model import SparseRCNN
 from tools.benchmark import main
 from tools.benchmark_growth import VARIANTS, with_size
 from tools.benchmark_inference import random_model
-from tools.benchmark_training import PARTS, TimedTrainer
+from tools.benchmark_training import PARTS, TimedTrainer, step_flops
 from tools.measure import PeakMemory
+from train import Trainer
 
 CPU = torch.device("cpu")
 
@@ -111,6 +113,43 @@ def test_peak_memory_is_that_of_its_block() -> None:
     assert large.megabytes - 220 < small.megabytes < large.megabytes - 180
 
 
+def test_both_precisions_train_on_the_same_images_in_the_precision_they_are_named_after(tmp_path: Path) -> None:
+    seen: list[tuple] = []
+    step = Trainer.train_step
+
+    def train_step(trainer: Trainer, images: list, targets: list, *rest: float) -> dict[str, float]:
+        dtypes: list[torch.dtype] = []
+        hook = trainer.model.backbone.register_forward_hook(lambda _, __, levels: dtypes.append(levels[0].dtype))
+        values = step(trainer, images, targets, *rest)
+        hook.remove()
+        seen.append((trainer.config.amp, tuple(dtypes), [target["image_id"] for target in targets]))
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        flags = ["--preset", "shapes", "--device", "cpu", "--size", "48", "--workers", "1", "--repeats", "2"]
+        main(["training", *flags, "--batch-size", "2", "--output", str(tmp_path / "x.jsonl")])
+    plain, half = ([entry[1:] for entry in seen if entry[0] == amp] for amp in ("off", "bf16"))
+    assert len(plain) == len(half) == 8  # two first ones; then, whole and in parts, a warm-up and two repeats
+    assert {dtypes for dtypes, _ in plain} == {(torch.float32,)} and {d for d, _ in half} == {(torch.bfloat16,)}
+    assert [ids for _, ids in plain] == [ids for _, ids in half]
+
+
+def test_a_step_is_three_forward_passes_of_a_product() -> None:
+    class Product(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+
+        def forward(self, images: list[torch.Tensor], targets: list[dict]) -> dict[str, torch.Tensor]:
+            assert len(images) == len(targets) == 1
+            return {"loss": self.layers(images[0]).sum()}
+
+    # Backward, a product for the gradient of the weights and one for that of the input; the first layer's has none.
+    count = 2 * (3 * 7 * 3 + 2 * 5 * 7)
+    assert step_flops(Product(), [(torch.rand(1, 5), {})]) == count
+
+
 # --- matcher ---
 
 
@@ -144,12 +183,23 @@ def test_a_smaller_model_is_the_beginning_of_a_larger_one() -> None:
         assert torch.equal(part.logits, whole.logits[:2]) and torch.equal(part.boxes, whole.boxes[:2])
 
 
-def test_growth_prints_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "speed.jsonl"
+def test_growth_measures_what_its_rows_say_and_prints_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, called = tmp_path / "speed.jsonl", []
+    forward = SparseRCNN.forward
+
+    def seen(model: SparseRCNN, images: list[torch.Tensor]) -> list:
+        called.append((len(model.proposal_boxes), len(model.head.stages), *images[0].shape[1:]))
+        return forward(model, images)
+
+    monkeypatch.setattr(SparseRCNN, "forward", seen)
     flags = ["--preset", "shapes", "--device", "cpu", "--height", "64", "--width", "80", "--repeats", "1"]
     main(["growth", *flags, "--output", str(output)])
     text, line = capsys.readouterr().out, json.loads(output.read_text())
     rows = line["rows"]
+    sizes = [(row["proposals"], row["stages"], *map(int, row["resolution"].split("×"))) for row in rows]
+    assert called == 2 * sizes  # the warm-up, and the repeat
     assert [(row["proposals"], row["paper_fps"]) for row in rows[:3]] == [(100, 23), (300, 22), (500, 20)]
     assert [(row["stages"], row["paper_fps"]) for row in rows[3:7]] == [(1, 35), (2, 33), (3, 29), (12, 17)]
     assert [row["resolution"] for row in rows[7:]] == ["32×40", "48×60", "96×120"] and len(rows) == len(VARIANTS)
@@ -174,6 +224,7 @@ def test_growth_prints_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixt
         (["matcher", "--device", "gpu"], "--device gpu"),
         (["growth", "--height", "60"], "60×1216 px"),
         (["growth", "--repeats", "0"], "--repeats"),
+        (["growth", "--seed", str(2**64)], "--seed"),
     ],
 )
 def test_mistakes_exit_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,7 @@ share the runs, which on two cores is faster than one after the other.
 
 In:  every setting of `train.py` (data, schedule, …) as a flag. Without `--preset` they are `ABLATION`'s.
 Out: --output DIR: tableN.md, tableN.json, tableN.png, written again with every result that arrives.
-     --runs DIR: VARIANT-seedN with what `train.py` writes, and result.json. Its checkpoints serve to go on with; only
-     those of variants that are whole Sparse R-CNNs load elsewhere.
+     --runs DIR: VARIANT-seedN with what `train.py` writes (checkpoints to go on with, not to use), and result.json.
 
 The paper's figures are of COCO after 36 epochs on eight GPUs, ours of a small model on small pictures after minutes:
 compare the order of the rows and not the figures. Table 10's rows of DETR are left out.
@@ -262,10 +261,16 @@ def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
         return text
     first, config = results[0], results[0]["config"]
     data = config["train_json"] or f"{config['data']} ({config['shapes_train']} pictures)"
+    made = dict.fromkeys(
+        ", ".join(f"{name} {value}" for name, value in result["machine"].items()) + f"; revision {result['revision']}"
+        for result in results
+    )
+    if "FPS" in names:
+        text += "\nOur times are of runs beside other work; `python -m tools.benchmark growth` measures in turns.\n"
     return text + (
         f"\nData: {data}, evaluated on {first['images']} images. Every run: {first['steps']} steps of "
         f"{config['batch_size']} images. Seeds: {', '.join(sorted({str(result['seed']) for result in results}))}. "
-        f"{', '.join(f'{name} {value}' for name, value in first['machine'].items())}; revision {first['revision']}.\n"
+        f"{' | '.join(made)}.\n"
     )
 
 
@@ -309,6 +314,8 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
     args = replace(args, tables=tables, seeds=tuple(dict.fromkeys(args.seeds)) or (args.config.seed,))
     if args.config.train_json and not args.config.val_json:
         raise UserError("ablate: nothing to evaluate on; give --val-json and --val-images with --train-json")
+    if "10" in tables and args.config.hidden_dim % 8:
+        raise UserError(f"ablate: --hidden-dim {args.config.hidden_dim}: Table 10's encoding needs a multiple of 8")
     if "RANK" in os.environ:
         raise UserError("ablate: runs in one process, start it without torchrun")
     return args
@@ -319,14 +326,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = read_args(sys.argv[1:] if argv is None else list(argv))
     rows = [row for number in args.tables for row in TABLES[number].rows]
     variants = list(dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows))
-    todo, elsewhere = [(variant, seed) for seed in args.seeds for variant in variants], []
+    todo = [(variant, seed) for seed in args.seeds for variant in variants if not read_result(args, variant, seed)]
+    elsewhere = []
     args.runs.mkdir(parents=True, exist_ok=True)
     for count, (variant, seed) in enumerate(todo, 1):
         with claim(args.folder_of(variant, seed).with_suffix(".lock")) as is_mine:
             if not is_mine:
                 elsewhere.append(f"{variant} seed {seed}")
                 continue
-            if read_result(args, variant, seed) is None:
+            if not read_result(args, variant, seed):  # another process may have finished it meanwhile
                 print(f"\n=== {count} of {len(todo)}: {variant}, seed {seed} ===", flush=True)
                 if status := train_variant(args, variant, seed):
                     return status

@@ -9,7 +9,7 @@ growth      how the time of detection grows with proposals, stages and image siz
 
 Out: a Markdown table on the terminal, and one line of JSON added to --output.
 
-The variants of a command take turns, on the same input: what else the machine does in the meantime slows them alike.
+The variants of a command take turns: what else the machine does in the meantime slows them alike.
 Figures are medians of the repeats. What a command can and cannot show stands at the top of its file.
 """
 

@@ -8,7 +8,7 @@ second, on a V100. The paper counts its own post-processing and another machine'
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -67,8 +67,8 @@ def with_size(model: SparseRCNN, proposals: int, stages: int) -> SparseRCNN:
 def main(argv: Sequence[str]) -> None:
     """The command `growth`; a user's mistake raises `UserError`."""
     args = parse_args(argv, GrowthArgs, "python -m tools.benchmark growth", "Speed as proposals, stages, images grow.")
-    if min(args.repeats, args.warmup) < 1 or args.seed < 0:
-        raise UserError("growth: --repeats and --warmup are at least 1, --seed at least 0")
+    if min(args.repeats, args.warmup) < 1 or args.seed not in range(2**63):
+        raise UserError("growth: --repeats and --warmup are at least 1, --seed in 0 … 2^63 − 1")
     if min(args.height, args.width) < 64:
         raise UserError(f"growth: images of {args.height}×{args.width} px; half of them, as well, needs 32 px a side")
     device = pick_device(args.device)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         for scale in {size["scale"] for size in sizes}
     }
 
-    def passes(size: dict[str, float]):
+    def passes(size: dict[str, float]) -> Callable[[], int]:
         sized, batch = with_size(model, int(size["proposals"]), int(size["stages"])), images[size["scale"]]
 
         def run() -> int:

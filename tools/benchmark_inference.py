@@ -1,7 +1,8 @@
 """`python -m tools.benchmark inference`: speed of this model and of other detectors on the same images.
 
 Ours in several variants of the same weights, as a whole and in parts, beside the detectors of `benchmark_peers.py`,
-each in float32 and under autocast. A pass goes from images (3, H, W) that lie on the device to detections.
+each in float32 and under autocast. "ours" is as built, a ResNet with its channels last in memory. A pass goes from
+images (3, H, W) that lie on the device to detections.
 
 **All weights are random**, which is right for speed: our model does the same work on any image and any weights. What
 is not so for the peers is said in `benchmark_peers.py`. Proposal boxes are spread over places and sizes, as those of a
@@ -104,10 +105,10 @@ def our_models(config: Config, device: torch.device, compiled: bool) -> dict[str
     return models
 
 
-def check_compiler() -> None:
+def check_compiler(device: torch.device) -> None:
     """Fails at once, rather than after minutes, where torch.compile has no compiler."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
         raise UserError(f"--compile: torch.compile does not work here ({first_line(error)})") from None
 
@@ -232,8 +233,8 @@ def measure_inference(
 def main(argv: Sequence[str]) -> None:
     """The command `inference`; a user's mistake raises `UserError`."""
     args = parse_args(argv, InferenceArgs, "python -m tools.benchmark inference", "Speed of detection, beside others.")
-    if min(args.batch_size, args.repeats, args.warmup) < 1 or args.seed < 0:
-        raise UserError("inference: --batch-size, --repeats and --warmup are at least 1, --seed at least 0")
+    if min(args.batch_size, args.repeats, args.warmup) < 1 or args.seed not in range(2**63):
+        raise UserError("inference: --batch-size, --repeats and --warmup are at least 1, --seed in 0 … 2^63 − 1")
     if not args.amp:
         raise UserError("inference: --amp names no precision; off is float32")
     if min(args.height, args.width) < 32:
@@ -241,7 +242,7 @@ def main(argv: Sequence[str]) -> None:
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     if args.compile:
-        check_compiler()
+        check_compiler(device)
     models: dict[str, nn.Module] = dict(our_models(PRESETS[args.preset], device, args.compile))
     for name in args.peers:
         peer = build_peer(name, args.height, args.width)

@@ -52,8 +52,10 @@ def random_boxes_px(*shape: int) -> Tensor:
 def main(argv: Sequence[str]) -> None:
     """The command `matcher`; a user's mistake raises `UserError`."""
     args = parse_args(argv, MatcherArgs, "python -m tools.benchmark matcher", "Speed of matching alone.")
-    if min(args.batch_size, args.repeats, args.warmup) < 1 or min((args.seed, *args.objects)) < 0 or not args.objects:
-        raise UserError("matcher: --batch-size, --repeats, --warmup are at least 1; --objects and --seed at least 0")
+    if min(args.batch_size, args.repeats, args.warmup) < 1 or not args.objects or min(args.objects) < 0:
+        raise UserError("matcher: --batch-size, --repeats, --warmup are at least 1; --objects at least 0")
+    if args.seed not in range(2**63):
+        raise UserError(f"matcher: --seed {args.seed} is not in 0 … 2^63 − 1")
     config, device = PRESETS[args.preset], pick_device(args.device)
     torch.manual_seed(args.seed)
     S, B, N, K = config.num_stages, args.batch_size, config.num_proposals, config.num_classes

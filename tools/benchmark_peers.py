@@ -7,8 +7,10 @@ which is optional. All are as their libraries build them and take a list of imag
 What their speed on random weights is worth: backbone, pyramid, RPN, box head and transformers do the same work on any
 weights. The box head of Faster and Cascade R-CNN gets 1000 boxes, the best of the RPN, as on trained weights, if the
 image is large enough for as many (`rois_per_image` counts them). But hardly any score reaches the threshold of 0.05, so
-that torchvision's last non-maximum suppression has next to nothing to do; and the models of `transformers` are run
-without their image processors, which normalise and post-process. On trained weights each would be a little slower.
+that torchvision's last non-maximum suppression has next to nothing to do; torchvision's batch norms stay in bfloat16
+under autocast, while the frozen ones that it builds for trained weights make float32 of it; and the models of
+`transformers` are run without their image processors, which normalise and post-process. On trained weights each would
+be a little slower.
 """
 
 import importlib.util

@@ -8,7 +8,8 @@ Rows "all" are whole steps, from one batch's end to the next one's. The other ro
 clock is read between the parts; on an accelerator it has to wait there for what was asked for, which a whole step does
 not. The parts are
 
-    data        waiting for the loader, whose workers decode and augment ahead
+    data        waiting for the loader, whose workers decode and augment ahead: in so few steps they always have, and
+                only --workers 0 shows what it takes; `python -m tools.benchmark data` measures a loader alone
     forward     preparing images, backbone, head, and the losses
     matching    costs, their way to the host, and the assignment
     backward    gradients, set to none before and clipped after
@@ -16,10 +17,11 @@ not. The parts are
 
 "of product rate" is the share of what the machine does in the same time when it multiplies large matrices of this
 dtype; GFLOP are those of forward and backward, for one image. Peak memory is the accelerator's, the other variants'
-weights left out; on a CPU under Linux that of the whole process, Python and all variants' weights included.
+weights left out; on a CPU under Linux that of the whole process, with Python and the variants measured before.
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +31,10 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from config import PRESETS, Config, PresetName, UserError, parse_args, pick_device
-from data import make_dataset
+from data import collate, make_dataset
 from distributed import GroupedBatches, World, make_loader
 from evaluate import AMP_DTYPES
 from model import SparseRCNN, build_model
@@ -145,10 +147,9 @@ def tamed_model(config: Config) -> SparseRCNN:
     return model
 
 
-def step_flops(model: nn.Module, config: Config, loader: DataLoader) -> float:
+def step_flops(model: nn.Module, dataset: Dataset) -> float:
     """Floating-point operations of a step's forward and backward pass, for one image."""
-    images, targets = next(iter(loader))
-    images, targets = images[:1], targets[:1]
+    images, targets = collate([dataset[0]])
     count = count_flops(lambda: sum(model.train()(images, targets).values()).backward())
     model.zero_grad(set_to_none=True)
     return count
@@ -171,7 +172,7 @@ def measure_training(config: Config, device: torch.device, args: TrainingArgs, r
                 variants[key].whole()
             peak_mb[key] = memory.megabytes
             runs |= {(key, True): variants[key].whole, (key, False): variants[key].in_parts}
-    gflop = step_flops(next(iter(variants.values())).trainer.model, config, loader) / 1e9
+    gflop = step_flops(next(iter(variants.values())).trainer.model, dataset) / 1e9
 
     def row(key: tuple[str, str], part: str, seconds: list[float], **figures: float | None) -> Row:
         times_ms = [1000 * value for value in seconds]
@@ -209,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"training: images of {args.size} px; --size is at least 32")
     device = pick_device(args.device)
     if args.compile:
-        check_compiler()
+        check_compiler(device)
     rates = {amp: product_rate(device, AMP_DTYPES[amp]) for amp in args.amp}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -227,9 +228,14 @@ def main(argv: Sequence[str]) -> None:
                 workers=args.workers,
                 seed=args.seed,
             )
-            rows += measure_training(config, device, args, rates)
+            try:
+                rows += measure_training(config, device, args, rates)
+            except torch.OutOfMemoryError:
+                print(f"left out: batch {size}, which does not fit into memory; try --micro-batch", file=sys.stderr)
+    if not rows:
+        raise UserError("training: no --batch-size fits into memory; try --micro-batch 1")
     used = {"threads": torch.get_num_threads(), "preset": args.preset}
-    used |= {"resolution": f"{args.size}×{args.size * 4 // 3} px", "micro-batch": args.micro_batch or "none"}
+    used |= {"resolution": f"{args.size}×{round(args.size * 4 / 3)} px", "micro-batch": args.micro_batch or "none"}
     used |= {"warm-up": args.warmup, "repeats": args.repeats, "seed": args.seed}
     figures = {f"{dtype_name(amp)}_product_gflop_per_s": rate / 1e9 for amp, rate in rates.items()}
     report(args.output, "training", used, rows, COLUMNS, device, **figures)

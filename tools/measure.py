@@ -4,6 +4,7 @@ The variants of a command take turns, on the same input: what else the machine d
 Figures are medians of the repeats.
 """
 
+import gc
 import json
 import os
 import platform
@@ -57,6 +58,7 @@ class PeakMemory:
         self.is_counted = self.is_cuda or (device.type == "cpu" and Path("/proc/self/clear_refs").exists())
 
     def __enter__(self) -> "PeakMemory":
+        gc.collect()  # earlier models, which their hooks keep in circles
         synchronize(self.device)
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -103,7 +105,9 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     processor = name[1] if name else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else processor + (f", {device.type}" if device.type != "cpu" else ""),
         "cores": usable_workers(os.cpu_count() or 1),
         "Python": platform.python_version(),
         **{library.__name__: library.__version__ for library in (torch, torchvision)},

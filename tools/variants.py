@@ -128,7 +128,7 @@ class PositionalStage(nn.Module):
 
 
 def box_encoding(boxes_px: Tensor, hidden_dim: int) -> Tensor:
-    """Sines and cosines of centre and size, in wavelengths from 2π pixels to almost 20,000·π.
+    """Sines and cosines of centre and size, in wavelengths from 2π pixels to 2π · 10,000^(1 − 8/C).
 
     Args:
         boxes_px: (…, 4) float32 xyxy pixels.
