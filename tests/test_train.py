@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -346,7 +347,10 @@ def test_two_processes_stop_resume_and_end_where_one_run_would(module_flags: lis
     )
     stopped = torchrun(str(stopping), *flags[1:], str(tmp_path / "a"))
     assert stopped.returncode != 0 and "stopped by signal 15 at step 2" in stopped.stdout
-    assert stopped.stderr.count("exitcode  : 143") == 2, stopped.stderr[-3000:]  # on every rank
+    # On every rank; but as soon as one has exited torchrun sends SIGTERM, which may meet the other when Python has put
+    # its signal handlers away already.
+    codes = re.findall(r"exitcode  : (-?\d+)", stopped.stderr)
+    assert sorted(codes) in (["143", "143"], ["-15", "143"]), stopped.stderr[-3000:]
     resumed = torchrun(*flags, str(tmp_path / "a"), "--resume", "auto")
     whole = torchrun(*flags, str(tmp_path / "b"))
     assert resumed.returncode == whole.returncode == 0, resumed.stderr[-3000:]
