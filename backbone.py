@@ -59,7 +59,13 @@ def fold_batch_norms(module: nn.Module) -> None:
         for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
                 conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                    conv.weight,
+                    conv.bias,
+                    norm.running_mean,
+                    norm.running_var,
+                    norm.eps,
+                    norm.weight,
+                    norm.bias,
                 )
                 setattr(parent, name, nn.Identity())
 
@@ -92,18 +98,30 @@ class ResNetFPN(nn.Module):
         FileNotFoundError: the ImageNet weights can be neither found nor downloaded.
     """
 
-    def __init__(self, name: str = "resnet50", out_channels: int = 256, pretrained: bool = True, frozen: bool = True):
+    def __init__(
+        self,
+        name: str = "resnet50",
+        out_channels: int = 256,
+        pretrained: bool = True,
+        frozen: bool = True,
+    ):
         super().__init__()
-        resnet = get_model(name, weights=None, norm_layer=FrozenBatchNorm if frozen else nn.BatchNorm2d)
+        resnet = get_model(
+            name, weights=None, norm_layer=FrozenBatchNorm if frozen else nn.BatchNorm2d
+        )
         if pretrained:
             resnet.load_state_dict(imagenet_state_dict(name))
         widths = [resnet.inplanes // 8, resnet.inplanes // 4, resnet.inplanes // 2, resnet.inplanes]
-        self.body = IntermediateLayerGetter(resnet, {f"layer{i}": f"p{i + 1}" for i in (1, 2, 3, 4)})
+        self.body = IntermediateLayerGetter(
+            resnet, {f"layer{i}": f"p{i + 1}" for i in (1, 2, 3, 4)}
+        )
         if frozen:
             for part in ("conv1", "layer1"):
                 self.body[part].requires_grad_(False)
         self.fpn = FeaturePyramidNetwork(widths, out_channels)
-        self.to(memory_format=torch.channels_last)  # convolutions are faster so, most of all in bfloat16
+        self.to(
+            memory_format=torch.channels_last
+        )  # convolutions are faster so, most of all in bfloat16
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> [p2, p3, p4, p5], each (B, C, H/stride, W/stride)."""

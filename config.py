@@ -7,30 +7,15 @@ Deviations (ours | paper | authors' code | why)
     milestones at epochs 27 and 33 | 27 and 33 | 28.4 and 33.8 of 36.5 | the paper's words; all scale with --epochs
 """
 
-import argparse
 import math
-import sys
-import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_type_hints
 
-import torch
-import tyro
 from typeguard import TypeCheckError, check_type
 
+from support.errors import UserError
+
 PresetName = Literal["r50-100", "r50-300", "r101-100", "r101-300", "shapes"]
-
-
-class UserError(ValueError):
-    """Something that is the user's to mend: command lines print the message alone, without a trace, and exit with 2.
-
-    The message is one line that says what was wrong, where, and what to do.
-    """
-
-    def __str__(self) -> str:
-        # A DataLoader re-raises a worker's error with the worker's whole trace as the message: ours comes last in it.
-        return super().__str__().rsplit("UserError: ", 1)[-1].strip()
 
 
 @dataclass(frozen=True)
@@ -41,37 +26,53 @@ class Config:
     preset: PresetName = "r50-100"
 
     # --- data: files in COCO's format; given flags replace the preset's own data ---
-    data: Literal["coco", "shapes-demo", "shapes-crowded"] = "coco"  # what to use where no --train-json is given
+    data: Literal["coco", "shapes-demo", "shapes-crowded"] = (
+        "coco"  # what to use where no --train-json is given
+    )
     train_json: str | None = None  # annotations to train on (COCO format)
     train_images: str | None = None  # folder that the file names in --train-json start from
-    val_json: str | None = None  # annotations to evaluate on; without it a run on one's own data is not evaluated
+    val_json: str | None = (
+        None  # annotations to evaluate on; without it a run on one's own data is not evaluated
+    )
     val_images: str | None = None  # folder that the file names in --val-json start from
     shapes_train: int = 4000  # pictures in an epoch of Shapes
     shapes_val: int = 400  # held-out Shapes pictures
     # Pixels: the shortest side of a training image becomes one of these, at random (code).
     min_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    max_size: int = 1333  # pixels: but its longest side never more than this, in training and evaluation (code)
+    max_size: int = (
+        1333  # pixels: but its longest side never more than this, in training and evaluation (code)
+    )
     test_size: int = 800  # pixels: the shortest side in evaluation (code)
-    crop: bool = False  # random-crop augmentation on half of the images (paper: the starred rows of Table 1)
+    crop: bool = (
+        False  # random-crop augmentation on half of the images (paper: the starred rows of Table 1)
+    )
     workers: int = 4  # processes that load images; 0 loads them in the main process
 
     # --- model ---
-    backbone: Literal["resnet18", "resnet50", "resnet101", "small"] = "resnet50"  # "small" is for Shapes
-    pretrained_backbone: bool = True  # start ResNet from torchvision's ImageNet weights (slides: training details)
+    backbone: Literal["resnet18", "resnet50", "resnet101", "small"] = (
+        "resnet50"  # "small" is for Shapes
+    )
+    pretrained_backbone: bool = (
+        True  # start ResNet from torchvision's ImageNet weights (slides: training details)
+    )
     # The ResNet's batch norms, stem and layer1 keep their ImageNet values (code); turn off to train from scratch.
     freeze_backbone: bool = True
     num_classes: int = 80  # K; train.py takes it from the annotations
     num_proposals: int = 100  # N learned proposals (slides: training details)
     num_stages: int = 6  # S stages of the head (slides: training details)
     hidden_dim: int = 256  # C, channels of FPN levels and proposal features (code)
-    dynamic_dim: int = 64  # channels between the two generated convolutions, C/4 (slides: dynamic interaction)
+    dynamic_dim: int = (
+        64  # channels between the two generated convolutions, C/4 (slides: dynamic interaction)
+    )
     num_heads: int = 8  # heads of the self-attention among proposals (code)
     ffn_dim: int = 2048  # inner width of each stage's feed-forward network (code)
     dropout: float = 0.0  # share of activations dropped in attention and feed-forward (code)
     num_cls_layers: int = 1  # hidden layers before the class logits (code)
     num_reg_layers: int = 3  # hidden layers before the box deltas (code)
     roi_size: int = 7  # RoIAlign's output is roi_size x roi_size bins (code)
-    canonical_box_px: int = 224  # sqrt(area) from which on boxes are pooled from p4; from half of it p3 … (code)
+    canonical_box_px: int = (
+        224  # sqrt(area) from which on boxes are pooled from p4; from half of it p3 … (code)
+    )
 
     # --- matching and loss ---
     class_weight: float = 2.0  # lambda_cls, of the focal cost and loss (slides: prediction loss)
@@ -79,24 +80,41 @@ class Config:
     giou_weight: float = 2.0  # lambda_giou (slides: prediction loss)
     focal_alpha: float = 0.25  # weight of the positives in the focal loss (code)
     focal_gamma: float = 2.0  # how fast the focal loss forgets easy cases (code)
-    prior_prob: float = 0.01  # score that the class biases start from: bias = -log((1 - p) / p) (code)
+    prior_prob: float = (
+        0.01  # score that the class biases start from: bias = -log((1 - p) / p) (code)
+    )
 
     # --- training ---
     epochs: int = 36  # passes over the data (slides: training details)
     batch_size: int = 16  # images a step, over all processes (slides: training details)
-    micro_batch: int | None = None  # images at a time; gradients accumulate to --batch-size. By default all of them
+    micro_batch: int | None = (
+        None  # images at a time; gradients accumulate to --batch-size. By default all of them
+    )
     lr: float | None = None  # learning rate; by default --lr-at-16 times batch size / 16
     lr_at_16: float = 2.5e-5  # learning rate for 16 images a step (code)
     weight_decay: float = 1e-4  # AdamW's, on every parameter (code)
-    schedule: Literal["step", "cosine"] = "step"  # divide by 10 at the milestones (code), or a half cosine to 0
-    milestones: tuple[float, ...] = (27 / 36, 33 / 36)  # shares of the run after which the rate is divided by 10
+    schedule: Literal["step", "cosine"] = (
+        "step"  # divide by 10 at the milestones (code), or a half cosine to 0
+    )
+    milestones: tuple[float, ...] = (
+        27 / 36,
+        33 / 36,
+    )  # shares of the run after which the rate is divided by 10
     warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run (code)
     warmup_factor: float = 0.01  # share of the rate that the warm-up starts from (code)
     clip_norm: float = 1.0  # largest norm of the whole model's gradient (code)
-    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision; matching, losses and boxes stay in float32
-    compile: bool = False  # torch.compile for backbone and stages: minutes once, then faster steps on a GPU
-    max_bad_steps: int = 20  # the run ends after so many steps in a row whose loss or gradient is not finite
-    checkpoint_minutes: float = 10.0  # minutes between two writes of last.pt; it is written after every epoch as well
+    amp: Literal["off", "bf16", "fp16"] = (
+        "off"  # mixed precision; matching, losses and boxes stay in float32
+    )
+    compile: bool = (
+        False  # torch.compile for backbone and stages: minutes once, then faster steps on a GPU
+    )
+    max_bad_steps: int = (
+        20  # the run ends after so many steps in a row whose loss or gradient is not finite
+    )
+    checkpoint_minutes: float = (
+        10.0  # minutes between two writes of last.pt; it is written after every epoch as well
+    )
     flip: bool = True  # horizontal flips of half of the training images (code)
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     seed: int = 0  # of weights, data order and augmentation
@@ -110,10 +128,28 @@ class Config:
             except TypeCheckError as error:
                 raise UserError(f"config: {field.name}={value!r}: {error}") from None
             if isinstance(value, bool) and hints[field.name] is not bool:
-                raise UserError(f"config: {field.name}={value!r} should be a number, not a yes or no")
+                raise UserError(
+                    f"config: {field.name}={value!r} should be a number, not a yes or no"
+                )
         at_least_one = (
-            *("num_classes", "num_proposals", "num_stages", "hidden_dim", "dynamic_dim", "num_heads", "ffn_dim"),
-            *("roi_size", "canonical_box_px", "epochs", "batch_size", "shapes_train", "shapes_val", "eval_every"),
+            *(
+                "num_classes",
+                "num_proposals",
+                "num_stages",
+                "hidden_dim",
+                "dynamic_dim",
+                "num_heads",
+                "ffn_dim",
+            ),
+            *(
+                "roi_size",
+                "canonical_box_px",
+                "epochs",
+                "batch_size",
+                "shapes_train",
+                "shapes_val",
+                "eval_every",
+            ),
             *("max_size", "test_size", "max_bad_steps"),
         )
         for name in at_least_one:
@@ -121,21 +157,35 @@ class Config:
                 raise UserError(f"config: {name}={getattr(self, name)} should be at least 1")
         for name in ("lr_at_16", "clip_norm", "lr"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"config: {name}={getattr(self, name)} should be a number greater than 0")
+                raise UserError(
+                    f"config: {name}={getattr(self, name)} should be a number greater than 0"
+                )
         if not self.min_sizes or min(self.min_sizes) < 1:
-            raise UserError(f"config: min_sizes={self.min_sizes} should hold at least one size of at least 1 pixel")
+            raise UserError(
+                f"config: min_sizes={self.min_sizes} should hold at least one size of at least 1 pixel"
+            )
         if not 0 < self.prior_prob < 1:
             raise UserError(f"config: prior_prob={self.prior_prob} should lie between 0 and 1")
         if self.hidden_dim % self.num_heads:
-            raise UserError(f"config: hidden_dim={self.hidden_dim} is not a multiple of num_heads={self.num_heads}")
+            raise UserError(
+                f"config: hidden_dim={self.hidden_dim} is not a multiple of num_heads={self.num_heads}"
+            )
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise UserError(f"config: micro_batch={self.micro_batch} should lie in 1 … batch_size={self.batch_size}")
+            raise UserError(
+                f"config: micro_batch={self.micro_batch} should lie in 1 … batch_size={self.batch_size}"
+            )
         if not (0 <= self.dropout < 1 and 0 <= self.weight_decay < math.inf):
-            raise UserError("config: dropout should lie in 0 … 1 and weight_decay should not be negative")
+            raise UserError(
+                "config: dropout should lie in 0 … 1 and weight_decay should not be negative"
+            )
         if self.seed not in range(2**63) or min(self.num_cls_layers, self.num_reg_layers) < 0:
-            raise UserError("config: seed, num_cls_layers and num_reg_layers should not be negative, seed below 2^63")
+            raise UserError(
+                "config: seed, num_cls_layers and num_reg_layers should not be negative, seed below 2^63"
+            )
         if min(self.workers, self.warmup_steps, self.checkpoint_minutes) < 0:
-            raise UserError("config: workers, warmup_steps and checkpoint_minutes should not be negative")
+            raise UserError(
+                "config: workers, warmup_steps and checkpoint_minutes should not be negative"
+            )
 
     @property
     def learning_rate(self) -> float:
@@ -155,8 +205,15 @@ class Config:
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise UserError(f"config: unknown keys {unknown}; known are {[field.name for field in fields(cls)]}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            raise UserError(
+                f"config: unknown keys {unknown}; known are {[field.name for field in fields(cls)]}"
+            )
+        return cls(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+            }
+        )
 
 
 _R50 = Config()
@@ -193,61 +250,3 @@ PRESETS: dict[str, Config] = {
         warmup_steps=100,
     ),
 }
-
-
-def preset_from(argv: Sequence[str]) -> Config:
-    """The preset that `--preset` names in a command line, so that its values become the defaults of all other flags.
-
-    Raises:
-        UserError: there is no preset of that name.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="r50-100")
-    name = parser.parse_known_args(argv)[0].preset
-    if name not in PRESETS:
-        raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def parse_args(argv: Sequence[str] | None, into: type, prog: str, description: str, **defaults: Any) -> Any:
-    """Reads a command line into the dataclass `into` with tyro; a wrong flag prints what is wrong and exits with 2."""
-    args = sys.argv[1:] if argv is None else list(argv)
-    default = into(**defaults) if defaults else None
-    kwargs = {"default": default} if default is not None else {}
-    config = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(into, args=args, prog=prog, description=description, config=config, **kwargs)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" takes CUDA, else Apple's MPS, else the CPU; any other name is torch's.
-
-    Raises:
-        UserError: torch does not know the device, or the machine does not have it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {first_line(error)}; try auto or cpu") from None
-    return device
-
-
-def run_main(main: Callable[[], int | None], prog: str) -> int:
-    """Runs a command line: 0 for success, 2 and one line on standard error for what is the user's to mend.
-
-    A `main` that finished but skipped some inputs returns 1. Errors of the program itself keep their trace.
-    """
-    # Without this Python shows the line of ours that warned, which tells a user nothing.
-    warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
-    try:
-        return main() or 0
-    except (UserError, OSError, FloatingPointError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2

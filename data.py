@@ -14,19 +14,16 @@ Deviations (ours | paper | authors' code | why)
 """
 
 import contextlib
-import gc
 import io
-import json
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -35,123 +32,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from config import Config, UserError
+from config import Config
 from shapes import ShapesDataset
+from support.annotations import check_same_classes, load_tables, read_json, without_gc
+from support.errors import UserError
+from support.pictures import read_image
 
 Target = dict[str, Any]
 Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]] | None
 Names = Sequence[str] | None
 AnyPath = str | os.PathLike[str]
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 108 MP are a photograph, 179 an error
 MIN_SIDE_PX = 1e-5  # boxes no wider or no higher than this are no objects (authors' code)
 COCO_FOLDER = Path("datasets/coco")
-
-
-def read_image(path: AnyPath) -> tv_tensors.Image:
-    """Decodes a picture: (3, H, W) uint8 RGB, turned as its EXIF orientation says; the first frame of an animation.
-
-    By Pillow: torchvision.io's decoders end the process on a damaged PNG. UserError where the file is no whole picture.
-    """
-    try:
-        content = Path(path).read_bytes()
-        body = content.rstrip(b"\0")  # an interrupted download may end in zeros, which decoders take for pixels
-        if content[:2] == b"\xff\xd8" and len(content) - len(body) > 512 and body[-2:] != b"\xff\xd9":
-            raise OSError("JPEG file is truncated: it ends in zeros")
-        with Image.open(io.BytesIO(content)) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-            return picture_to_tensor(picture)
-    except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not a known picture format" if content else "the file is empty"
-        raise UserError(f"{path}: cannot be read as a picture ({reason}); replace it or leave it out") from None
-
-
-def picture_to_tensor(picture: Image.Image) -> tv_tensors.Image:
-    """A PIL image of any mode, (3, H, W) uint8 RGB."""
-    if picture.mode.startswith("I"):  # 16-bit grey: convert() alone may clip it at 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-    # Not made contiguous: torchvision resizes uint8 twice as fast while the channels lie last in memory.
-    return tv_tensors.Image(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
-
-
-_ID = (lambda v: type(v) is int and -(2**63) <= v < 2**63, "an integer")  # to Python, JSON's true is an int as well
-_PIXELS = (lambda v: type(v) is int and 0 < v < 2**31, "a whole number of pixels")
-_TEXT = (lambda v: type(v) is str and v != "", "a text")
-_CROWD = (lambda v: v is None or (isinstance(v, int) and v in (0, 1)), "0, 1 or absent")
-_BBOX = (  # Python's JSON reader lets NaN and Infinity pass
-    lambda v: type(v) is list and len(v) == 4 and all(type(n) in (int, float) and abs(n) < 1e12 for n in v),
-    "4 finite numbers x, y, width, height",
-)
-_FORMAT: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "images": {"id": _ID, "file_name": _TEXT, "width": _PIXELS, "height": _PIXELS},
-    "categories": {"id": _ID, "name": _TEXT},
-    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": _BBOX, "iscrowd": _CROWD},
-}
-_LISTED_IN = {"image_id": "images", "category_id": "categories"}
-
-
-@contextlib.contextmanager
-def _without_gc() -> Iterator[None]:
-    """Collections find nothing among a million parsed records, but take half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_without_gc()
-def _read_json(file: str) -> Any:
-    try:
-        return json.loads(Path(file).read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not JSON ({error}); export the annotations again") from None
-
-
-def _load_tables(file: str) -> dict[str, list[dict[str, Any]]]:
-    """The parsed file, whose every record is as `_FORMAT` says."""
-    raw = _read_json(file)
-    seen: dict[tuple[str, str], set[Any]] = defaultdict(set)
-    for name in _FORMAT:
-        if not isinstance(raw, dict) or not isinstance(raw.get(name), list):
-            raise UserError(f'{file}: holds no list "{name}"; export the annotations in COCO\'s (instances) format')
-        if not raw[name] and name != "annotations":
-            raise UserError(f'{file}: the data set is empty, it lists no "{name}"; check that the export succeeded')
-        for row, record in enumerate(raw[name]):
-            if problem := _problem(name, record, seen):
-                known_as = f" (id {record['id']!r:.40})" if isinstance(record, dict) and "id" in record else ""
-                raise UserError(f"{file}: {name}[{row}]{known_as}: {problem}; correct or remove the record")
-    return raw
-
-
-def _problem(name: str, record: Any, seen: dict[tuple[str, str], set[Any]]) -> str | None:
-    """What is wrong with a record of the list `name`; adds its unique values to those `seen`."""
-    if not isinstance(record, dict):
-        return f"{record!r:.60} should be an object"
-    for key, (valid, expected) in _FORMAT[name].items():
-        value = record.get(key)
-        if not valid(value):
-            return f'"{key}" ' + ("is missing" if key not in record else f"is {value!r:.60} and should be {expected}")
-        if key in _LISTED_IN and value not in seen[_LISTED_IN[key], "id"]:
-            return f'"{key}" {value} is not listed in "{_LISTED_IN[key]}"'
-        if key in ("id", "name"):
-            if value in seen[name, key]:
-                return f'an earlier record has the same "{key}", {value}'
-            seen[name, key].add(value)
-    return None
-
-
-def _check_same_classes(where: str, names: Sequence[str], expected: Sequence[str]) -> None:
-    missing, new = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
-    if missing or new:
-        what = f"classes {list(names)} differ from the model's or training data's {list(expected)}"
-        raise UserError(f"{where}: {what} (missing {missing}, new {new}); rename them or use other data")
 
 
 class CocoDataset(Dataset):
@@ -169,27 +62,40 @@ class CocoDataset(Dataset):
         sizes_hw: (len, 2) int64, height and width of each file in pixels.
     """
 
-    @_without_gc()
+    @without_gc()
     def __init__(
-        self, json_file: AnyPath, image_dir: AnyPath, transforms: Transforms = None, class_names: Names = None
+        self,
+        json_file: AnyPath,
+        image_dir: AnyPath,
+        transforms: Transforms = None,
+        class_names: Names = None,
     ) -> None:
         self.json_file, self.image_dir, self.transforms = str(json_file), str(image_dir), transforms
-        raw = _load_tables(self.json_file)  # dropped at the end of this function: `coco()` reads the file anew
+        raw = load_tables(
+            self.json_file
+        )  # dropped at the end of this function: `coco()` reads the file anew
         self.image_ids = np.array([image["id"] for image in raw["images"]])
         self.sizes_hw = np.array([(image["height"], image["width"]) for image in raw["images"]])
         self.file_names = self._find_files([image["file_name"] for image in raw["images"]])
-        id_of = {category["name"]: category["id"] for category in sorted(raw["categories"], key=lambda c: c["id"])}
+        id_of = {
+            category["name"]: category["id"]
+            for category in sorted(raw["categories"], key=lambda c: c["id"])
+        }
         self.class_names = tuple(id_of if class_names is None else class_names)
-        _check_same_classes(self.json_file, tuple(id_of), self.class_names)
+        check_same_classes(self.json_file, tuple(id_of), self.class_names)
         self.category_ids = tuple(id_of[name] for name in self.class_names)
         self._pack(raw["annotations"])
 
     def _find_files(self, names: list[str]) -> np.ndarray:
         if not os.path.isdir(self.image_dir):
             raise UserError(f"{self.image_dir}: there is no such folder of images; check the path")
-        if missing := [name for name in names if not os.path.isfile(os.path.join(self.image_dir, name))]:
+        if missing := [
+            name for name in names if not os.path.isfile(os.path.join(self.image_dir, name))
+        ]:
             what = f"{len(missing)} of the {len(names)} image files listed in {self.json_file} are missing"
-            raise UserError(f"{self.image_dir}: {what}, the first is {missing[0]}; check the folder")
+            raise UserError(
+                f"{self.image_dir}: {what}, the first is {missing[0]}; check the folder"
+            )
         return np.array(names)
 
     def _pack(self, annotations: list[dict[str, Any]]) -> None:
@@ -202,13 +108,20 @@ class CocoDataset(Dataset):
         crowds = np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool)
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
         limits = np.tile(self.sizes_hw[images][:, ::-1], 2)  # (T, 4): w, h, w, h
-        xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).clip(0, limits).astype(np.float32)
+        xyxy = (
+            np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+            .clip(0, limits)
+            .astype(np.float32)
+        )
         flat = ~crowds & (boxes[:, 2:] <= MIN_SIDE_PX).any(axis=1)
         outside = ~crowds & ~flat & (xyxy[:, 2:] - xyxy[:, :2] <= MIN_SIDE_PX).any(axis=1)
         if (flat | outside).any():
             kinds = f"{flat.sum()} of zero or negative width or height, {outside.sum()} wholly outside of the image"
             first = ", ".join(map(str, ids[flat | outside][:5]))
-            warnings.warn(f"{self.json_file}: left out boxes: {kinds} (first annotation ids: {first})", stacklevel=3)
+            warnings.warn(
+                f"{self.json_file}: left out boxes: {kinds} (first annotation ids: {first})",
+                stacklevel=3,
+            )
         kept = np.argsort(images, kind="stable")
         kept = kept[~(crowds | flat | outside)[kept]]
         self._boxes, self._labels = xyxy[kept], labels[kept]
@@ -229,21 +142,30 @@ class CocoDataset(Dataset):
         image, (height, width) = read_image(path), self.sizes_hw[index].tolist()
         if image.shape[1:] != (height, width):
             what = f"is {image.shape[2]} x {image.shape[1]} pixels, but {width} x {height} in {self.json_file}"
-            raise UserError(f"{path}: {what}; correct the JSON (sizes and boxes count after EXIF orientation)")
+            raise UserError(
+                f"{path}: {what}; correct the JSON (sizes and boxes count after EXIF orientation)"
+            )
         return image
 
     def target(self, index: int) -> Target:
         """The target before transforms, without decoding the picture."""
         size_hw = tuple(self.sizes_hw[index].tolist())
         rows = slice(self._ends[index] - self.objects_per_image[index], self._ends[index])
-        boxes = tv_tensors.BoundingBoxes(torch.tensor(self._boxes[rows]), format="XYXY", canvas_size=size_hw)
+        boxes = tv_tensors.BoundingBoxes(
+            torch.tensor(self._boxes[rows]), format="XYXY", canvas_size=size_hw
+        )
         labels = torch.tensor(self._labels[rows])
-        return {"boxes": boxes, "labels": labels, "image_id": int(self.image_ids[index]), "size_hw": size_hw}
+        return {
+            "boxes": boxes,
+            "labels": labels,
+            "image_id": int(self.image_ids[index]),
+            "size_hw": size_hw,
+        }
 
     def coco(self) -> COCO:
         """The file itself for pycocotools, crowds and left-out boxes included; absent info, area, iscrowd are added."""
         coco = COCO()
-        coco.dataset = {"info": {}, **_read_json(self.json_file)}
+        coco.dataset = {"info": {}, **read_json(self.json_file)}
         # COCOeval takes a match with annotation 0 for no match at all.
         renumber = any(annotation["id"] == 0 for annotation in coco.dataset["annotations"])
         for number, annotation in enumerate(coco.dataset["annotations"], start=1):
@@ -270,35 +192,43 @@ class ShortestSize(v2.RandomShortestSize):
 def random_size_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """A window anywhere, its sides uniform in min(side, 384) ... min(side, 600): detectron2's "absolute_range"."""
     full_h, full_w = image.shape[-2:]
-    height, width = (int(torch.randint(min(side, 384), min(side, 600) + 1, ())) for side in (full_h, full_w))
-    top, left = int(torch.randint(full_h - height + 1, ())), int(torch.randint(full_w - width + 1, ()))
+    height, width = (
+        int(torch.randint(min(side, 384), min(side, 600) + 1, ())) for side in (full_h, full_w)
+    )
+    top, left = (
+        int(torch.randint(full_h - height + 1, ())),
+        int(torch.randint(full_w - width + 1, ())),
+    )
     window = top, left, height, width
-    return F.crop(image, *window), {**target, "boxes": F.crop(target["boxes"], *window)}  # boxes are clipped
+    return F.crop(image, *window), {
+        **target,
+        "boxes": F.crop(target["boxes"], *window),
+    }  # boxes are clipped
 
 
 def drop_degenerate(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """Removes boxes without area, and their labels; v2.SanitizeBoundingBoxes would remove all those below 1 pixel."""
     boxes = target["boxes"]
     kept = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(dim=1)
-    return image, {**target, "boxes": tv_tensors.wrap(boxes[kept], like=boxes), "labels": target["labels"][kept]}
+    return image, {
+        **target,
+        "boxes": tv_tensors.wrap(boxes[kept], like=boxes),
+        "labels": target["labels"][kept],
+    }
 
 
 def train_transforms(config: Config) -> v2.Compose:
     """Random crop of half of the images (config.crop), random size, flip of half of them (config.flip)."""
     crop = v2.RandomApply([ShortestSize((400, 500, 600)), random_size_crop], p=0.5 * config.crop)
     flip = v2.RandomHorizontalFlip(0.5 * config.flip)
-    return v2.Compose([crop, ShortestSize(config.min_sizes, config.max_size), flip, drop_degenerate])
+    return v2.Compose(
+        [crop, ShortestSize(config.min_sizes, config.max_size), flip, drop_degenerate]
+    )
 
 
 def eval_transforms(config: Config) -> v2.Compose:
     """One size, nothing random."""
     return v2.Compose([ShortestSize((config.test_size,), config.max_size)])
-
-
-def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Lists, for images differ in size; the model pads them."""
-    images, targets = zip(*batch, strict=True)
-    return list(images), list(targets)
 
 
 def make_dataset(
@@ -309,11 +239,15 @@ def make_dataset(
     `class_names`: see `CocoDataset`. `transforms`: by default those for training or for evaluation. UserError where a
     flag or file is missing, or classes differ.
     """
-    transforms = transforms or (train_transforms(config) if split == "train" else eval_transforms(config))
+    transforms = transforms or (
+        train_transforms(config) if split == "train" else eval_transforms(config)
+    )
     json_file, folder = getattr(config, f"{split}_json"), getattr(config, f"{split}_images")
     if (json_file is None) != (folder is None):
         missing = "json" if json_file is None else "images"
-        raise UserError(f"--{split}-{missing} is missing; --{split}-json and --{split}-images go together")
+        raise UserError(
+            f"--{split}-{missing} is missing; --{split}-json and --{split}-images go together"
+        )
     if json_file is not None:
         return CocoDataset(json_file, folder, transforms, class_names)
     if split == "val" and config.train_json is not None:
@@ -321,7 +255,7 @@ def make_dataset(
     if config.data != "coco":
         length = config.shapes_train if split == "train" else config.shapes_val
         shapes = ShapesDataset(config.data.removeprefix("shapes-"), split, length, transforms)
-        _check_same_classes(config.data, shapes.class_names, class_names or shapes.class_names)
+        check_same_classes(config.data, shapes.class_names, class_names or shapes.class_names)
         return shapes
     files = COCO_FOLDER / f"annotations/instances_{split}2017.json", COCO_FOLDER / f"{split}2017"
     if missing := [str(path) for path in files if not path.exists()]:
@@ -331,20 +265,35 @@ def make_dataset(
     return CocoDataset(*files, transforms, class_names)
 
 
-def usable_workers(workers: int) -> int:
-    """At most one worker a processor that this process may run on: more slow one another down."""
-    return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def check_data(dataset: CocoDataset | ShapesDataset, rank: int = 0, world_size: int = 1) -> None:
     """Decodes every picture, or a process's share; the UserError says how many fail, and why for the first ten."""
     if isinstance(dataset, ShapesDataset):
         return
     errors, share = [], range(rank, len(dataset), world_size)
-    for index in tqdm(share, desc="check data", unit="image", leave=False, disable=None if rank == 0 else True):
+    for index in tqdm(
+        share, desc="check data", unit="image", leave=False, disable=None if rank == 0 else True
+    ):
         try:
             dataset.image(index)
         except UserError as error:
             errors.append(str(error))
     if errors:
-        raise UserError(f"{len(errors)} of {len(share)} images cannot be used: {' | '.join(errors[:10])}")
+        raise UserError(
+            f"{len(errors)} of {len(share)} images cannot be used: {' | '.join(errors[:10])}"
+        )
+
+
+def validation_set(checkpoint: dict[str, Any], **overrides: Any) -> CocoDataset | ShapesDataset:
+    """What a checkpoint of `load_model` is evaluated on; `overrides` that are not None replace its config's fields.
+
+    Raises:
+        UserError: as `make_dataset`, or there is nothing to evaluate on.
+    """
+    config = replace(
+        checkpoint["config"],
+        **{name: value for name, value in overrides.items() if value is not None},
+    )
+    dataset = make_dataset(config, "val", class_names=checkpoint["class_names"])
+    if dataset is None:
+        raise UserError("the checkpoint names no validation data; give --val-json and --val-images")
+    return dataset

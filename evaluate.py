@@ -28,11 +28,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from checkpoint import load_model, validation_set
-from config import UserError, parse_args, run_main
-from distributed import World, make_loader, world
+from data import validation_set
+from support.checkpoint import load_model
+from support.cli import parse_args, run_main
+from support.distributed import World, world
+from support.errors import UserError
+from support.loader import make_loader
 
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP_BATCHES = 3  # not counted in the FPS: the first calls allocate memory and choose algorithms
 
 
@@ -44,7 +46,11 @@ def same_padding_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
     groups: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(dataset.sizes_hw.tolist()):
         groups.setdefault((height, width), []).append(index)
-    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+    return [
+        group[i : i + batch_size]
+        for group in groups.values()
+        for i in range(0, len(group), batch_size)
+    ]
 
 
 def _timed(model: nn.Module, batches: Iterator, device: torch.device, amp: str) -> Iterator[tuple]:
@@ -57,7 +63,12 @@ def _timed(model: nn.Module, batches: Iterator, device: torch.device, amp: str) 
         with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
             detections = model(images)
         synchronize()
-        yield targets, detections, [tuple(image.shape[-2:]) for image in images], time.perf_counter() - start
+        yield (
+            targets,
+            detections,
+            [tuple(image.shape[-2:]) for image in images],
+            time.perf_counter() - start,
+        )
 
 
 @torch.inference_mode()
@@ -94,7 +105,11 @@ def detect(
     total = sum(map(len, batches))
     # None: no bar where standard error is no terminal
     bar = tqdm(
-        total=total, desc="evaluate", unit="image", disable=None if progress and here.is_main else True, leave=False
+        total=total,
+        desc="evaluate",
+        unit="image",
+        disable=None if progress and here.is_main else True,
+        leave=False,
     )
     for targets, detections, shapes, seconds in _timed(model, iter(loader), here.device, amp):
         bar.update(len(targets))
@@ -102,7 +117,9 @@ def detect(
         sizes += shapes
         for target, found, (height, width) in zip(targets, detections, shapes, strict=True):
             original_h, original_w = target["size_hw"]
-            scale = torch.tensor([original_w / width, original_h / height] * 2, device=found["boxes"].device)
+            scale = torch.tensor(
+                [original_w / width, original_h / height] * 2, device=found["boxes"].device
+            )
             boxes = found["boxes"] * scale
             boxes[:, 2:] -= boxes[:, :2]  # COCO's boxes are x, y, w, h
             results += [
@@ -119,7 +136,10 @@ def detect(
     bar.close()
     model.train(was_training)
     results, rates, sizes = (
-        sum(parts, []) for parts in zip(*here.gather((results, rates[WARMUP_BATCHES:] or rates, sizes)), strict=True)
+        sum(parts, [])
+        for parts in zip(
+            *here.gather((results, rates[WARMUP_BATCHES:] or rates, sizes)), strict=True
+        )
     )
     middle, device = sorted(sizes)[len(sizes) // 2], here.device
     speed = {
@@ -136,7 +156,9 @@ def detect(
     return results, speed
 
 
-def coco_metrics(ground_truth: COCO, detections: list[dict[str, Any]], max_dets: int = 100) -> dict[str, Any]:
+def coco_metrics(
+    ground_truth: COCO, detections: list[dict[str, Any]], max_dets: int = 100
+) -> dict[str, Any]:
     """COCO's figures for detections in COCO's results format.
 
     Args:
@@ -152,7 +174,10 @@ def coco_metrics(ground_truth: COCO, detections: list[dict[str, Any]], max_dets:
             found = ground_truth.loadRes([dict(detection) for detection in detections])
         else:  # loadRes fails on an empty list
             found = COCO()
-            found.dataset = {**{key: ground_truth.dataset[key] for key in ("images", "categories")}, "annotations": []}
+            found.dataset = {
+                **{key: ground_truth.dataset[key] for key in ("images", "categories")},
+                "annotations": [],
+            }
             found.createIndex()
         run = COCOeval(ground_truth, found, "bbox")
         run.params.maxDets = [max_dets]
@@ -171,7 +196,10 @@ def coco_metrics(ground_truth: COCO, detections: list[dict[str, Any]], max_dets:
         "AP": mean(everything),
         "AP50": mean(everything[np.isclose(ious, 0.5)]),
         "AP75": mean(everything[np.isclose(ious, 0.75)]),
-        **{f"AP{area[0]}": mean(precision[..., areas.index(area)]) for area in ("small", "medium", "large")},
+        **{
+            f"AP{area[0]}": mean(precision[..., areas.index(area)])
+            for area in ("small", "medium", "large")
+        },
         "AR": mean(recall[..., areas.index("all")]),
         "per_class": {
             ground_truth.cats[category]["name"]: mean(everything[:, :, k])
@@ -189,7 +217,12 @@ def evaluate(
     """
     detections, speed = detect(model, dataset, here, **options)
     figures = coco_metrics(dataset.coco(), detections, max_dets) if here.is_main else None
-    return {**here.gather(figures)[0], "speed": speed, "images": len(dataset), "max_dets": max_dets}, detections
+    return {
+        **here.gather(figures)[0],
+        "speed": speed,
+        "images": len(dataset),
+        "max_dets": max_dets,
+    }, detections
 
 
 def format_table(metrics: dict[str, Any], per_class: bool = False) -> str:
@@ -208,7 +241,10 @@ def format_table(metrics: dict[str, Any], per_class: bool = False) -> str:
     ]
     if per_class:
         width = max(len(name) for name in metrics["per_class"])
-        lines += ["", *(f"{name:<{width}}  {percent(ap)}" for name, ap in metrics["per_class"].items())]
+        lines += [
+            "",
+            *(f"{name:<{width}}  {percent(ap)}" for name, ap in metrics["per_class"].items()),
+        ]
     return "\n".join(lines)
 
 
@@ -222,21 +258,32 @@ class EvaluateArgs:
     batch_size: int = 1  # images at a time, of equal size
     workers: int = 4  # processes that load images; 0 loads them in the main process
     max_dets: int = 100  # detections an image and class that count (COCO: 100)
-    test_size: int | None = None  # pixels: the shortest side of the images; by default that of the checkpoint
-    max_size: int | None = None  # pixels: but its longest side never more; by default that of the checkpoint
+    test_size: int | None = (
+        None  # pixels: the shortest side of the images; by default that of the checkpoint
+    )
+    max_size: int | None = (
+        None  # pixels: but its longest side never more; by default that of the checkpoint
+    )
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
     per_class: bool = False  # print the AP of every class
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake raises `UserError`."""
-    args = parse_args(argv, EvaluateArgs, "evaluate.py", "COCO AP and frames per second of a checkpoint.")
+    args = parse_args(
+        argv, EvaluateArgs, "evaluate.py", "COCO AP and frames per second of a checkpoint."
+    )
     if min(args.batch_size, args.max_dets) < 1 or args.workers < 0:
-        raise UserError("evaluate: --batch-size and --max-dets should be at least 1, --workers at least 0")
+        raise UserError(
+            "evaluate: --batch-size and --max-dets should be at least 1, --workers at least 0"
+        )
     with world(args.device) as here:
         args.output.mkdir(parents=True, exist_ok=True)
         model, checkpoint = load_model(args.weights, here.device)
-        overrides = {name: getattr(args, name) for name in ("val_json", "val_images", "test_size", "max_size")}
+        overrides = {
+            name: getattr(args, name)
+            for name in ("val_json", "val_images", "test_size", "max_size")
+        }
         dataset = validation_set(checkpoint, **overrides)
         metrics, detections = evaluate(
             model.for_inference(),
@@ -248,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             amp=args.amp,
         )
         if here.is_main:
-            (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+            (args.output / "metrics.json").write_text(
+                json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
+            )
             (args.output / "detections.json").write_text(json.dumps(detections) + "\n")
             print(format_table(metrics, args.per_class))
             print(

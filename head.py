@@ -39,10 +39,17 @@ from torchvision.ops import roi_align
 
 # Logarithm of the most by which a stage may widen a box; exp() of a wild delta would overflow (authors' code).
 MAX_LOG_SCALE = math.log(100_000 / 16)
-DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)  # deltas (dx, dy, dw, dh) are divided by these (authors' configuration)
+DELTA_WEIGHTS = (
+    2.0,
+    2.0,
+    1.0,
+    1.0,
+)  # deltas (dx, dy, dw, dh) are divided by these (authors' configuration)
 
 
-def dynamic_instance_interaction(pro_feats: Tensor, roi_feats: Tensor, layers: "DynamicInteraction") -> Tensor:
+def dynamic_instance_interaction(
+    pro_feats: Tensor, roi_feats: Tensor, layers: "DynamicInteraction"
+) -> Tensor:
     """The slide "Dynamic Instance Interaction", line for line: each proposal filters its own region.
 
     Args:
@@ -116,7 +123,9 @@ def apply_deltas(deltas: Tensor, boxes_px: Tensor) -> Tensor:
         (…, 4) float32 xyxy pixels, not clipped to the image.
     """
     # float32 also under autocast: bfloat16 knows only every 4th pixel beyond 512.
-    dx, dy, dw, dh = (deltas.float() / deltas.new_tensor(DELTA_WEIGHTS, dtype=torch.float32)).unbind(-1)
+    dx, dy, dw, dh = (
+        deltas.float() / deltas.new_tensor(DELTA_WEIGHTS, dtype=torch.float32)
+    ).unbind(-1)
     x1, y1, x2, y2 = boxes_px.unbind(-1)
     w, h = x2 - x1, y2 - y1
     cx, cy = x1 + 0.5 * w + dx * w, y1 + 0.5 * h + dy * h
@@ -168,7 +177,9 @@ class RoIPooler(nn.Module):
     def forward(self, pyramid: Sequence[Tensor], boxes_px: Tensor) -> Tensor:
         """pyramid of (B, C, H/stride, W/stride), boxes_px (B, N, 4) -> (B·N, C, R, R)."""
         B, N, _ = boxes_px.shape
-        image_index = torch.arange(B, device=boxes_px.device, dtype=boxes_px.dtype).repeat_interleave(N)
+        image_index = torch.arange(
+            B, device=boxes_px.device, dtype=boxes_px.dtype
+        ).repeat_interleave(N)
         rois = torch.cat((image_index[:, None], boxes_px.flatten(0, 1)), dim=1)  # (B·N, 5)
         levels = self.levels(rois[:, 1:])
         pooled = pyramid[0].new_zeros(B * N, pyramid[0].shape[1], self.roi_size, self.roi_size)
@@ -186,7 +197,9 @@ class RoIPooler(nn.Module):
 def _hidden_layers(width: int, count: int) -> nn.Sequential:
     """`count` times linear without bias, LayerNorm, ReLU: the trunk of both predictions."""
     layers = (
-        layer for _ in range(count) for layer in (nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU())
+        layer
+        for _ in range(count)
+        for layer in (nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU())
     )
     return nn.Sequential(*layers)
 
@@ -218,12 +231,17 @@ class Stage(nn.Module):
         prior_prob: float = 0.01,
     ):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(
+            hidden_dim, num_heads, dropout=dropout, batch_first=True
+        )
         self.attn_norm = nn.LayerNorm(hidden_dim)
         self.interaction = interaction or DynamicInteraction(hidden_dim, hidden_dim // 4)
         self.interaction_norm = nn.LayerNorm(hidden_dim)
         self.ffn = nn.Sequential(
-            nn.Linear(hidden_dim, ffn_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn_dim, hidden_dim)
+            nn.Linear(hidden_dim, ffn_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(ffn_dim, hidden_dim),
         )
         self.ffn_norm = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
@@ -238,7 +256,9 @@ class Stage(nn.Module):
                 nn.init.xavier_uniform_(parameter)
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior_prob) / prior_prob))
 
-    def forward(self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Refines every proposal once.
 
         Args:
@@ -278,7 +298,9 @@ class DynamicHead(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.pooler = pooler or RoIPooler()
 
-    def forward(self, pyramid: Sequence[Tensor], boxes_px: Tensor, pro_feats: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pyramid: Sequence[Tensor], boxes_px: Tensor, pro_feats: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Runs all stages.
 
         Args:

@@ -92,7 +92,9 @@ class SetCriterion(nn.Module):
         logits, boxes_px = logits.float(), boxes_px.float()
         stage, image, proposal, object_index = self.matcher(logits, boxes_px, targets, whwh_px)
         labels = torch.cat([target["labels"] for target in targets])  # (M,)
-        target_boxes = torch.cat([target["boxes"] for target in targets]).float()[object_index]  # (P, 4)
+        target_boxes = torch.cat([target["boxes"] for target in targets]).float()[
+            object_index
+        ]  # (P, 4)
         matched_boxes = boxes_px[stage, image, proposal]  # (P, 4)
 
         # Sparse targets: a one where a matched proposal has its object's class, zeros everywhere else.

@@ -47,7 +47,11 @@ def _generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU of boxes (…, 4) xyxy pair by pair, broadcast. torchvision's compares all with all, its loss adds masks."""
     area_a = (a[..., 2:] - a[..., :2]).prod(-1)
     area_b = (b[..., 2:] - b[..., :2]).prod(-1)
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    overlap = (
+        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
     union = area_a + area_b - overlap
     return overlap / union - (hull - union) / hull
@@ -73,14 +77,22 @@ class HungarianMatcher(nn.Module):
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
         self.alpha, self.gamma = alpha, gamma
 
-    def cost(self, logits: Tensor, boxes_px: Tensor, targets: Sequence[dict[str, Tensor]], whwh_px: Tensor) -> Tensor:
+    def cost(
+        self,
+        logits: Tensor,
+        boxes_px: Tensor,
+        targets: Sequence[dict[str, Tensor]],
+        whwh_px: Tensor,
+    ) -> Tensor:
         """What it costs to give each object to each proposal of its own image: (M, S, N) float32, all on the device.
 
         Arguments as for `forward`.
         """
         sizes = [len(target["labels"]) for target in targets]
         labels = torch.cat([target["labels"] for target in targets])  # (M,)
-        boxes = torch.cat([target["boxes"] for target in targets]).float()[:, None, None]  # (M, 1, 1, 4)
+        boxes = torch.cat([target["boxes"] for target in targets]).float()[
+            :, None, None
+        ]  # (M, 1, 1, 4)
         image = torch.arange(len(sizes), device=logits.device).repeat_interleave(
             torch.tensor(sizes, device=logits.device), output_size=sum(sizes)
         )  # (M,)
@@ -100,11 +112,17 @@ class HungarianMatcher(nn.Module):
         whwh = whwh_px[image][:, None, None]  # (M, 1, 1, 4)
         cost_l1 = (own_boxes / whwh - boxes / whwh).abs().sum(-1)
         cost_giou = -_generalized_iou(own_boxes, boxes)
-        return self.class_weight * cost_class + self.l1_weight * cost_l1 + self.giou_weight * cost_giou
+        return (
+            self.class_weight * cost_class + self.l1_weight * cost_l1 + self.giou_weight * cost_giou
+        )
 
     @torch.no_grad()
     def forward(
-        self, logits: Tensor, boxes_px: Tensor, targets: Sequence[dict[str, Tensor]], whwh_px: Tensor
+        self,
+        logits: Tensor,
+        boxes_px: Tensor,
+        targets: Sequence[dict[str, Tensor]],
+        whwh_px: Tensor,
     ) -> Assignment:
         """Matches every stage of every image for itself.
 
@@ -131,7 +149,9 @@ class HungarianMatcher(nn.Module):
         first = 0  # object of the image, counted through the batch
         for image, size in enumerate(sizes):
             for stage in range(cost.shape[1]):
-                rows, columns = linear_sum_assignment(cost[first : first + size, stage])  # objects, proposals
+                rows, columns = linear_sum_assignment(
+                    cost[first : first + size, stage]
+                )  # objects, proposals
                 same = np.ones_like(rows)
                 pairs.append(np.stack((stage * same, image * same, columns, first + rows)))
             first += size

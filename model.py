@@ -51,7 +51,12 @@ class SparseRCNN(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, criterion: nn.Module, init_boxes: Tensor, init_feats: Tensor
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        criterion: nn.Module,
+        init_boxes: Tensor,
+        init_feats: Tensor,
     ):
         super().__init__()
         self.backbone, self.head, self.criterion = backbone, head, criterion
@@ -82,11 +87,14 @@ class SparseRCNN(nn.Module):
                     f"SparseRCNN: image {i} has shape {tuple(image.shape)}; RGB images (3, H, W) are needed"
                 )
             if image.dtype != torch.uint8 and not image.is_floating_point():
-                raise ValueError(f"SparseRCNN: image {i} is {image.dtype}; uint8 0–255 or float 0–1 is needed")
+                raise ValueError(
+                    f"SparseRCNN: image {i} is {image.dtype}; uint8 0–255 or float 0–1 is needed"
+                )
         # Rounded up so, and not as -(-size // stride), because ONNX divides integers towards zero.
         stride = STRIDES[-1]
         height, width = (
-            (max(image.shape[side] for image in images) + stride - 1) // stride * stride for side in (1, 2)
+            (max(image.shape[side] for image in images) + stride - 1) // stride * stride
+            for side in (1, 2)
         )
         padded = []
         for image in images:
@@ -94,10 +102,17 @@ class SparseRCNN(nn.Module):
             scale = 1 if image.dtype == torch.uint8 else 255
             pixels = image.to(self.mean.device, non_blocking=True).to(self.mean.dtype) * scale
             # Padded, not written into a canvas of zeros, which an exported model does pixel by pixel.
-            padding = (0, width - image.shape[2], 0, height - image.shape[1])  # left, right, top, bottom
+            padding = (
+                0,
+                width - image.shape[2],
+                0,
+                height - image.shape[1],
+            )  # left, right, top, bottom
             padded.append(pad((pixels - self.mean) / self.std, padding))
         batch = torch.stack(padded)
-        whwh_px = torch.tensor([(i.shape[2], i.shape[1]) * 2 for i in images], dtype=torch.float32, device=batch.device)
+        whwh_px = torch.tensor(
+            [(i.shape[2], i.shape[1]) * 2 for i in images], dtype=torch.float32, device=batch.device
+        )
         return batch, whwh_px
 
     def initial_boxes_px(self, whwh_px: Tensor) -> Tensor:
@@ -108,7 +123,9 @@ class SparseRCNN(nn.Module):
         """images -> logits (S, B, N, K), boxes_px (S, B, N, 4), whwh_px (B, 4)."""
         batch, whwh_px = self.prepare(images)
         pro_feats = self.proposal_feats.expand(len(batch), -1, -1)  # (B, N, C)
-        logits, boxes_px = self.head(self.backbone(batch), self.initial_boxes_px(whwh_px), pro_feats)
+        logits, boxes_px = self.head(
+            self.backbone(batch), self.initial_boxes_px(whwh_px), pro_feats
+        )
         return logits, boxes_px, whwh_px
 
     def stages(self, images: Sequence[Tensor]) -> StageOutputs:
@@ -141,12 +158,16 @@ class SparseRCNN(nn.Module):
             logits, boxes_px, whwh_px = self._predict(images)
             return self.detections(logits[-1], boxes_px[-1], whwh_px)
         if targets is None:
-            raise ValueError("SparseRCNN: in train mode targets are needed; call .eval() to get detections")
+            raise ValueError(
+                "SparseRCNN: in train mode targets are needed; call .eval() to get detections"
+            )
         if len(targets) != len(images):
             raise ValueError(f"SparseRCNN: {len(images)} images but {len(targets)} targets")
         logits, boxes_px, whwh_px = self._predict(images)
         num_classes, device = logits.shape[-1], logits.device
-        targets = [check_target(target, num_classes, index, device) for index, target in enumerate(targets)]
+        targets = [
+            check_target(target, num_classes, index, device) for index, target in enumerate(targets)
+        ]
         return self.criterion(logits, boxes_px, targets, whwh_px, num_objects)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -192,13 +213,23 @@ class SparseRCNN(nn.Module):
         boxes_px = boxes_px.clamp(min=0).minimum(whwh_px[:, None])
         has_area = (boxes_px[..., 2:] > boxes_px[..., :2]).all(-1)  # (B, N)
         results = []
-        for image_boxes, image_scores, image_labels, keep in zip(boxes_px, scores, labels, has_area, strict=True):
+        for image_boxes, image_scores, image_labels, keep in zip(
+            boxes_px, scores, labels, has_area, strict=True
+        ):
             kept = torch.nonzero(keep).squeeze(1)  # once for all three
-            results.append({"boxes": image_boxes[kept], "scores": image_scores[kept], "labels": image_labels[kept]})
+            results.append(
+                {
+                    "boxes": image_boxes[kept],
+                    "scores": image_scores[kept],
+                    "labels": image_labels[kept],
+                }
+            )
         return results
 
 
-def check_target(target: dict[str, Tensor], num_classes: int, index: int, device: torch.device) -> dict[str, Tensor]:
+def check_target(
+    target: dict[str, Tensor], num_classes: int, index: int, device: torch.device
+) -> dict[str, Tensor]:
     """One image's target on the device, as plain tensors; a wrong label would otherwise end in a CUDA assertion.
 
     Raises:
@@ -252,8 +283,16 @@ def build_model(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
         for _ in range(config.num_stages)
     ]
     head = DynamicHead(stages, RoIPooler(config.roi_size, STRIDES, config.canonical_box_px))
-    weights = (config.class_weight, config.l1_weight, config.giou_weight, config.focal_alpha, config.focal_gamma)
+    weights = (
+        config.class_weight,
+        config.l1_weight,
+        config.giou_weight,
+        config.focal_alpha,
+        config.focal_gamma,
+    )
     # The whole image, as in the paper ("Image" in Table 6).
     init_boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(config.num_proposals, 4)
     init_feats = torch.randn(config.num_proposals, config.hidden_dim)
-    return SparseRCNN(backbone, head, SetCriterion(HungarianMatcher(*weights), *weights), init_boxes, init_feats)
+    return SparseRCNN(
+        backbone, head, SetCriterion(HungarianMatcher(*weights), *weights), init_boxes, init_feats
+    )

@@ -19,63 +19,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from checkpoint import load_model
-from config import Config, UserError, parse_args, pick_device, run_main
-from data import eval_transforms, picture_to_tensor, read_image
-from distributed import make_loader
-from evaluate import AMP_DTYPES
+from config import Config
+from data import eval_transforms
+from support.checkpoint import load_model
+from support.cli import AMP_DTYPES, parse_args, pick_device, run_main
+from support.errors import UserError
+from support.loader import make_loader
+from support.pictures import AnyImage, to_image
 from visualize import draw_detections, draw_stages
 
-AnyImage = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # taken from folders
-SHOWN_PX = 480, 1600  # the longest side of a picture that is written: smaller and larger ones are resized for it
-
-
-def to_image(image: AnyImage) -> Tensor:
-    """Any picture as (3, H, W) uint8 RGB.
-
-    Args:
-        image: a path; a PIL image; a NumPy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); or a tensor (H, W),
-            (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors are grey, RGB (not OpenCV's BGR) or RGBA, whose
-            alpha is ignored; uint8 0–255, uint16 0–65535, or float 0–1, which is rounded to 255 levels.
-
-    Raises:
-        UserError: the file cannot be read, or the array is no picture.
-    """
-    if isinstance(image, str | os.PathLike):
-        return read_image(image).as_subclass(Tensor)
-    if isinstance(image, Image.Image):
-        return picture_to_tensor(ImageOps.exif_transpose(image)).as_subclass(Tensor)
-    if not isinstance(image, np.ndarray | Tensor):
-        raise UserError(f"a picture is a path, a PIL image, a NumPy array or a tensor, not {type(image).__name__}")
-    form = f"{tuple(image.shape)} of {image.dtype}"
-    if isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(image))
-        pixels = pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels  # (channels, H, W)
-    else:
-        pixels = image.as_subclass(Tensor)
-    pixels = pixels[None] if pixels.dim() == 2 else pixels
-    if pixels.dim() != 3 or len(pixels) not in (1, 3, 4) or 0 in pixels.shape:
-        raise UserError(f"a picture of shape {form}: arrays are (H, W, 3), tensors (3, H, W); or 1 or 4 channels")
-    pixels = (pixels.int() >> 8).to(torch.uint8) if pixels.dtype == torch.uint16 else pixels
-    if pixels.is_floating_point():
-        if not bool(((pixels >= 0) & (pixels <= 1)).all()):
-            raise UserError(f"a picture {form} with values outside of 0 … 1: give floats from 0 to 1, or uint8")
-        pixels = (pixels.float() * 255).round().to(torch.uint8)
-    elif pixels.dtype != torch.uint8:
-        raise UserError(f"a picture {form}: give uint8, uint16, or floats from 0 to 1")
-    return pixels[:3].expand(3, -1, -1)
+SUFFIXES = {
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}  # taken from folders
+SHOWN_PX = (
+    480,
+    1600,
+)  # the longest side of a picture that is written: smaller and larger ones are resized for it
 
 
 class Predictor:
@@ -108,10 +85,12 @@ class Predictor:
         self.device = pick_device(device)
         self.score_threshold, self.batch_size, self.amp = score_threshold, batch_size, amp
         if Path(weights).suffix == ".onnx":
-            from tools.export import OnnxDetector  # here, as onnxruntime is needed for this alone
+            from support.onnx_detector import OnnxDetector
 
             if amp != "off":
-                raise UserError(f"{weights}: an ONNX file runs in the precision it was written in; leave out --amp")
+                raise UserError(
+                    f"{weights}: an ONNX file runs in the precision it was written in; leave out --amp"
+                )
             self.model = OnnxDetector(weights, self.device)
             config = Config(test_size=self.model.test_size, max_size=self.model.max_size)
             self.class_names = list(self.model.class_names)
@@ -120,12 +99,21 @@ class Predictor:
             self.model, config = model.for_inference(), checkpoint["config"]
             self.class_names = list(checkpoint["class_names"])
         if unknown := [name for name in classes if name not in self.class_names]:
-            raise UserError(f"{weights} knows no classes {unknown}; it has {', '.join(self.class_names)}")
-        self.labels = [label for label, name in enumerate(self.class_names) if not classes or name in classes]
-        sizes = {"test_size": test_size or config.test_size, "max_size": max_size or config.max_size}
+            raise UserError(
+                f"{weights} knows no classes {unknown}; it has {', '.join(self.class_names)}"
+            )
+        self.labels = [
+            label for label, name in enumerate(self.class_names) if not classes or name in classes
+        ]
+        sizes = {
+            "test_size": test_size or config.test_size,
+            "max_size": max_size or config.max_size,
+        }
         self.transforms = eval_transforms(replace(config, **sizes))
 
-    def __call__(self, images: AnyImage | Sequence[AnyImage]) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(
+        self, images: AnyImage | Sequence[AnyImage]
+    ) -> dict[str, Any] | list[dict[str, Any]]:
         """One picture to its detections, or a list of pictures to a list.
 
         Args:
@@ -140,7 +128,9 @@ class Predictor:
         found = []
         for start in range(0, len(images), self.batch_size):
             pictures = [to_image(image) for image in images[start : start + self.batch_size]]
-            found += self.detect([self.resize(p) for p in pictures], [tuple(p.shape[1:]) for p in pictures])
+            found += self.detect(
+                [self.resize(p) for p in pictures], [tuple(p.shape[1:]) for p in pictures]
+            )
         return found
 
     def resize(self, image: Tensor) -> Tensor:
@@ -148,7 +138,9 @@ class Predictor:
         return self.transforms(tv_tensors.Image(image)).as_subclass(Tensor)
 
     @torch.inference_mode()
-    def detect(self, images: Sequence[Tensor], sizes_hw: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    def detect(
+        self, images: Sequence[Tensor], sizes_hw: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Any]]:
         """Resized images (3, h, w), and the sizes (H, W) before, to detections as of `__call__`."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
@@ -166,7 +158,12 @@ class Predictor:
                 boxes = found["boxes"][keep] * torch.tensor([width / w, height / h] * 2)
                 labels = found["labels"][keep]
                 names = [self.class_names[label] for label in labels.tolist()]
-                results[i] = {"boxes": boxes, "scores": found["scores"][keep], "labels": labels, "names": names}
+                results[i] = {
+                    "boxes": boxes,
+                    "scores": found["scores"][keep],
+                    "labels": labels,
+                    "names": names,
+                }
         return [results[i] for i in range(len(images))]
 
 
@@ -182,8 +179,16 @@ class Pictures(Dataset):
         except UserError as error:
             return None, {"error": str(error)}
         longest = max(image.shape)
-        shown = image if longest <= SHOWN_PX[1] else F.resize(image, None, max_size=SHOWN_PX[1], antialias=True)
-        return self.resize(image), {"index": index, "size_hw": tuple(image.shape[1:]), "shown": shown}
+        shown = (
+            image
+            if longest <= SHOWN_PX[1]
+            else F.resize(image, None, max_size=SHOWN_PX[1], antialias=True)
+        )
+        return self.resize(image), {
+            "index": index,
+            "size_hw": tuple(image.shape[1:]),
+            "shown": shown,
+        }
 
 
 def list_pictures(inputs: Sequence[Path]) -> list[Path]:
@@ -199,10 +204,14 @@ def list_pictures(inputs: Sequence[Path]) -> list[Path]:
         inside = [path]
         if path.is_dir():
             inside = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
+                p
+                for p in path.iterdir()
+                if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
             )
             if not inside:
-                raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
+                raise UserError(
+                    f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})"
+                )
         for file in inside:
             files.setdefault(file.resolve(), file)
     return list(files.values())
@@ -221,11 +230,15 @@ def output_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def save_picture(path: Path, shown: Tensor, size_hw: tuple[int, int], found: dict[str, Any], names: list[str]) -> None:
+def save_picture(
+    path: Path, shown: Tensor, size_hw: tuple[int, int], found: dict[str, Any], names: list[str]
+) -> None:
     """Draws detections over a picture that may be smaller than the one they were found in."""
     height, width = shown.shape[1:]
     scale = max(1.0, SHOWN_PX[0] / max(height, width))
-    dpi = max(100.0, max(height, width) * scale / 8)  # texts keep their size relative to large pictures
+    dpi = max(
+        100.0, max(height, width) * scale / 8
+    )  # texts keep their size relative to large pictures
     figure = Figure(figsize=(width * scale / dpi, height * scale / dpi), dpi=dpi)
     axes = figure.add_axes((0, 0, 1, 1))
     boxes = found["boxes"] * (width / size_hw[1])
@@ -237,7 +250,9 @@ def save_picture(path: Path, shown: Tensor, size_hw: tuple[int, int], found: dic
 @dataclass(frozen=True)
 class PredictArgs:
     inputs: tyro.conf.Positional[tuple[Path, ...]]  # pictures, and folders of pictures
-    weights: Path = Path("sparse-rcnn-r50-100")  # checkpoint, ONNX file, or name of published weights (see the README)
+    weights: Path = Path(
+        "sparse-rcnn-r50-100"
+    )  # checkpoint, ONNX file, or name of published weights (see the README)
     output: Path = Path("runs/predict")  # folder for pictures and detections.json
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     batch_size: int = 4  # pictures at a time, of equal size
@@ -246,47 +261,83 @@ class PredictArgs:
     classes: tuple[str, ...] = ()  # names of the only classes to report; by default all
     stages: bool = False  # also draw the learned proposals and the boxes of every stage
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
-    test_size: int | None = None  # pixels: the shortest side of the pictures; by default that of the checkpoint
-    max_size: int | None = None  # pixels: but its longest side never more; by default that of the checkpoint
+    test_size: int | None = (
+        None  # pixels: the shortest side of the pictures; by default that of the checkpoint
+    )
+    max_size: int | None = (
+        None  # pixels: but its longest side never more; by default that of the checkpoint
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; a user's mistake raises `UserError`. Returns 1 where pictures were skipped."""
     args = parse_args(argv, PredictArgs, "predict.py", "Detects objects in pictures.")
     if not args.inputs:
-        raise UserError("give pictures or folders: python predict.py IMAGE_OR_FOLDER … --weights FILE")
+        raise UserError(
+            "give pictures or folders: python predict.py IMAGE_OR_FOLDER … --weights FILE"
+        )
     if min(args.batch_size, args.test_size or 1, args.max_size or 1) < 1 or args.workers < 0:
-        raise UserError("--batch-size, --test-size and --max-size should be at least 1, --workers at least 0")
+        raise UserError(
+            "--batch-size, --test-size and --max-size should be at least 1, --workers at least 0"
+        )
     if not 0 <= args.score_threshold <= 1:
         raise UserError(f"--score-threshold {args.score_threshold} should lie in 0 … 1")
     files = list_pictures(args.inputs)
     names = output_names(files)
     is_input = {file.resolve() for file in files}
     if clash := [name for name in names if (args.output / f"{name}.png").resolve() in is_input]:
-        raise UserError(f"--output {args.output}: {clash[0]}.png there is one of the inputs; choose another folder")
+        raise UserError(
+            f"--output {args.output}: {clash[0]}.png there is one of the inputs; choose another folder"
+        )
     sizes = {"test_size": args.test_size, "max_size": args.max_size}
     predictor = Predictor(
-        args.weights, args.device, args.score_threshold, args.classes, args.batch_size, args.amp, **sizes
+        args.weights,
+        args.device,
+        args.score_threshold,
+        args.classes,
+        args.batch_size,
+        args.amp,
+        **sizes,
     )
     if args.stages and not hasattr(predictor.model, "stages"):
-        raise UserError(f"--stages: {args.weights} holds the last stage's detections only; give the checkpoint")
+        raise UserError(
+            f"--stages: {args.weights} holds the last stage's detections only; give the checkpoint"
+        )
     (args.output / "stages" if args.stages else args.output).mkdir(parents=True, exist_ok=True)
     records, errors, total = [], [], 0
-    batches = [list(range(i, min(i + args.batch_size, len(files)))) for i in range(0, len(files), args.batch_size)]
-    bar = tqdm(total=len(files), desc="predict", unit="picture", disable=None, leave=False)  # None: on a terminal only
+    batches = [
+        list(range(i, min(i + args.batch_size, len(files))))
+        for i in range(0, len(files), args.batch_size)
+    ]
+    bar = tqdm(
+        total=len(files), desc="predict", unit="picture", disable=None, leave=False
+    )  # None: on a terminal only
     for images, infos in make_loader(Pictures(files, predictor), batches, args.workers):
         bar.update(len(infos))
         errors += [info["error"] for info in infos if "error" in info]
-        images, infos = [i for i in images if i is not None], [info for info in infos if "error" not in info]
+        images, infos = (
+            [i for i in images if i is not None],
+            [info for info in infos if "error" not in info],
+        )
         for image, info, found in zip(
-            images, infos, predictor.detect(images, [info["size_hw"] for info in infos]), strict=True
+            images,
+            infos,
+            predictor.detect(images, [info["size_hw"] for info in infos]),
+            strict=True,
         ):
             name, size_hw = names[info["index"]], info["size_hw"]
-            save_picture(args.output / f"{name}.png", info["shown"], size_hw, found, predictor.class_names)
+            save_picture(
+                args.output / f"{name}.png", info["shown"], size_hw, found, predictor.class_names
+            )
             if args.stages:
-                figure = draw_stages(predictor.model, [image], predictor.class_names, args.score_threshold)
+                figure = draw_stages(
+                    predictor.model, [image], predictor.class_names, args.score_threshold
+                )
                 figure.savefig(args.output / "stages" / f"{name}.png", dpi=120)
-            values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in found.items()}
+            values = {
+                key: value.tolist() if isinstance(value, Tensor) else value
+                for key, value in found.items()
+            }
             file = str(files[info["index"]])
             records.append({"file": file, "width": size_hw[1], "height": size_hw[0], **values})
             total += len(found["scores"])
@@ -295,7 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args.output / "detections.json").write_text(f"[\n{lines}\n]\n")
     for error in errors:
         print(f"predict.py: skipped {error}", file=sys.stderr)
-    how = "in onnxruntime" if args.weights.suffix == ".onnx" else "batch norms folded, channels last"
+    how = (
+        "in onnxruntime" if args.weights.suffix == ".onnx" else "batch norms folded, channels last"
+    )
     print(
         f"{len(records)} pictures, {total} detections, {len(errors)} skipped "
         f"({predictor.device.type}, {how}, mixed precision {args.amp})"

@@ -29,7 +29,7 @@ import torch
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 
-from config import UserError
+from support.errors import UserError
 
 SIZE_PX = 96  # height and width of every picture
 # Colours closer than this are too hard to tell apart (Euclidean, channels 0-255). The balls of this radius around all
@@ -39,7 +39,10 @@ MAX_SIDE = 0.5  # longest side of an object, as a share of the picture's
 MAX_HIDDEN = 0.75  # share of a box that smaller ones may cover together, lest its object disappear under them
 SHADING = 22.0  # of 255: how much an object brightens to its upper left corner and darkens to its lower right one
 SUPERSAMPLE = 3  # points a pixel and axis: anti-aliased edges
-TRIES, RESTARTS = 50, 20  # positions for one object; times that all objects of a picture are placed anew
+TRIES, RESTARTS = (
+    50,
+    20,
+)  # positions for one object; times that all objects of a picture are placed anew
 SEEDS = {("demo", "train"): 1, ("demo", "val"): 2, ("crowded", "train"): 3, ("crowded", "val"): 4}
 
 # A shape is where f(u, v) <= 0; u runs right and v down, and the box is [-1, 1] x [-1, 1]. Every shape touches all four
@@ -50,7 +53,9 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "rectangle": lambda u, v: np.maximum(abs(u), abs(v)) - 1,
     "triangle": lambda u, v: np.maximum(abs(u) - 0.53 - 0.47 * v, abs(v) - 1),
     "diamond": lambda u, v: np.maximum(abs(u) + abs(v) - 1.06, np.maximum(abs(u), abs(v)) - 1),
-    "cross": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - 0.35, np.maximum(abs(u), abs(v)) - 1),
+    "cross": lambda u, v: np.maximum(
+        np.minimum(abs(u), abs(v)) - 0.35, np.maximum(abs(u), abs(v)) - 1
+    ),
     "ring": lambda u, v: abs(np.sqrt(u * u + v * v) - 0.77) - 0.23,
 }
 
@@ -69,7 +74,9 @@ class Level:
 
 
 LEVELS = {
-    "demo": Level(("ellipse", "rectangle", "triangle"), 5, 0.12, False, 0.1, waves=4, marbled=False),
+    "demo": Level(
+        ("ellipse", "rectangle", "triangle"), 5, 0.12, False, 0.1, waves=4, marbled=False
+    ),
     "crowded": Level(tuple(SHAPES), 8, 0.10, True, 0.4, waves=6, marbled=True),
 }
 
@@ -99,7 +106,9 @@ def draw_layout(rng: np.random.Generator, level: Level) -> tuple[np.ndarray, np.
                 return np.array(boxes_px, dtype=np.float32), labels
 
 
-def place(rng: np.random.Generator, whs_px: np.ndarray, max_iou: float) -> list[tuple[float, ...]] | None:
+def place(
+    rng: np.random.Generator, whs_px: np.ndarray, max_iou: float
+) -> list[tuple[float, ...]] | None:
     """Boxes of the given sizes (M, 2), anywhere they fit, as M xyxy tuples in pixels; None if one found no place."""
     placed: list[tuple[float, ...]] = []
     areas: list[float] = []
@@ -135,11 +144,15 @@ def draw_background(rng: np.random.Generator, level: Level) -> tuple[np.ndarray,
     cosines[1:] *= 2**0.5
     coefficients = rng.standard_normal((level.waves, level.waves)) / (1 + waves[:, None] + waves)
     coefficients[0, 0] = 0
-    field = (cosines.T @ (coefficients / np.linalg.norm(coefficients)) @ cosines).astype(np.float32)  # (H, W)
+    field = (cosines.T @ (coefficients / np.linalg.norm(coefficients)) @ cosines).astype(
+        np.float32
+    )  # (H, W)
     if level.marbled:
         field = np.tanh(4 * np.sin(3 * field))  # veins with soft edges, within -1 … 1
         ends = rng.uniform(0, 255, (2, 3))
-        while np.linalg.norm(ends[1] - ends[0]) < 240:  # makes it as contrasty as the objects; a test measures it
+        while (
+            np.linalg.norm(ends[1] - ends[0]) < 240
+        ):  # makes it as contrasty as the objects; a test measures it
             ends = rng.uniform(0, 255, (2, 3))
         centre, deviation = ends.mean(axis=0), (ends[1] - ends[0]) / 2
     else:
@@ -162,7 +175,12 @@ def draw_colours(rng: np.random.Generator, count: int, avoid: np.ndarray) -> np.
 def paint(canvas: np.ndarray, box_px: np.ndarray, name: str, colour: np.ndarray) -> None:
     """Paints the shape `name` over `canvas` (3, H, W) float32, in place; box (4,) xyxy pixels, colour (3,) of 0-255."""
     x1, y1, x2, y2 = box_px.tolist()
-    left, top, right, bottom = int(x1), int(y1), int(np.ceil(x2)), int(np.ceil(y2))  # the only pixels it can touch
+    left, top, right, bottom = (
+        int(x1),
+        int(y1),
+        int(np.ceil(x2)),
+        int(np.ceil(y2)),
+    )  # the only pixels it can touch
     offsets = (np.arange(SUPERSAMPLE * SIZE_PX, dtype=np.float32) + 0.5) / SUPERSAMPLE
     u = (2 * (left + offsets[: SUPERSAMPLE * (right - left)]) - x1 - x2) / (x2 - x1)
     v = (2 * (top + offsets[: SUPERSAMPLE * (bottom - top)]) - y1 - y2) / (y2 - y1)
@@ -195,10 +213,16 @@ class ShapesDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, level: str, split: str, length: int, transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None
+        self,
+        level: str,
+        split: str,
+        length: int,
+        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     ) -> None:
         if level not in LEVELS:
-            raise UserError(f"shapes: there is no level {level!r}; choose one of {', '.join(LEVELS)}")
+            raise UserError(
+                f"shapes: there is no level {level!r}; choose one of {', '.join(LEVELS)}"
+            )
         if (level, split) not in SEEDS:
             raise UserError(f"shapes: there is no split {split!r}; choose one of train, val")
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
@@ -233,7 +257,12 @@ class ShapesDataset(torch.utils.data.Dataset):
         hw = (SIZE_PX, SIZE_PX)
         boxes = tv_tensors.BoundingBoxes(torch.from_numpy(boxes_px), format="XYXY", canvas_size=hw)
         image_id = self.image_ids[index]  # an int, whatever kind of integer the index is
-        target = {"boxes": boxes, "labels": torch.from_numpy(labels), "image_id": image_id, "size_hw": hw}
+        target = {
+            "boxes": boxes,
+            "labels": torch.from_numpy(labels),
+            "image_id": image_id,
+            "size_hw": hw,
+        }
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def _rng(self, index: int) -> np.random.Generator:
@@ -247,18 +276,31 @@ class ShapesDataset(torch.utils.data.Dataset):
     def coco(self) -> COCO:
         """The ground truth in COCO's format; an annotation's "area" is its box's, as there are no masks."""
         coco = COCO()
-        categories = [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)]
+        categories = [
+            {"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)
+        ]
         images, annotations = [], []
         for image_id in self.image_ids:
             file_name = f"{image_id:06d}.png"
-            images.append({"id": image_id, "width": SIZE_PX, "height": SIZE_PX, "file_name": file_name})
+            images.append(
+                {"id": image_id, "width": SIZE_PX, "height": SIZE_PX, "file_name": file_name}
+            )
             boxes_px, labels = draw_layout(self._rng(image_id), self.level)
             for (x1, y1, x2, y2), label in zip(boxes_px.tolist(), labels, strict=True):
                 w, h = x2 - x1, y2 - y1
                 # COCOeval takes an annotation of id 0 for none at all: ids start at 1.
-                ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": self.category_ids[label]}
+                ids = {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": self.category_ids[label],
+                }
                 annotations.append(ids | {"bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0})
-        coco.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+        coco.dataset = {
+            "info": {},
+            "images": images,
+            "annotations": annotations,
+            "categories": categories,
+        }
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco

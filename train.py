@@ -29,13 +29,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 
-from checkpoint import load_checkpoint, load_strictly, load_what_fits, save_checkpoint
-from config import Config, UserError, parse_args, preset_from, run_main
+from config import Config
 from data import check_data, make_dataset
-from distributed import Clock, GroupedBatches, Guarded, StopSignal, World, make_loader, world
-from evaluate import AMP_DTYPES, evaluate, format_table
+from evaluate import evaluate, format_table
 from model import SparseRCNN, build_model
-from report import Report, prepare_output, print_summary, warn_of_crowded_images, with_sums
+from support.checkpoint import load_checkpoint, load_strictly, load_what_fits, save_checkpoint
+from support.cli import AMP_DTYPES, parse_args, preset_from, run_main
+from support.distributed import World, world
+from support.errors import UserError
+from support.faults import Clock, Guarded, StopSignal
+from support.loader import GroupedBatches, make_loader
+from support.report import Report, prepare_output, print_summary, warn_of_crowded_images, with_sums
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
@@ -47,7 +51,9 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
         config: the peak rate, `warmup_steps`, `warmup_factor`, `schedule`, `milestones`.
     """
     warmup = min(config.warmup_steps, total_steps // 10)
-    ramp = 1.0 if step >= warmup else config.warmup_factor + (1 - config.warmup_factor) * step / warmup
+    ramp = (
+        1.0 if step >= warmup else config.warmup_factor + (1 - config.warmup_factor) * step / warmup
+    )
     if config.schedule == "cosine":
         decay = 0.5 * (1 + math.cos(math.pi * step / total_steps))
     else:
@@ -66,7 +72,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, here: World, steps_per_epoch: int, build: Callable[..., SparseRCNN] = build_model
+        self,
+        config: Config,
+        here: World,
+        steps_per_epoch: int,
+        build: Callable[..., SparseRCNN] = build_model,
     ):
         torch.manual_seed(config.seed)
         self.config, self.here, self.steps_per_epoch = config, here, steps_per_epoch
@@ -92,9 +102,13 @@ class Trainer:
         # The module that runs: under torchrun its backward pass averages the gradients over the processes.
         self.parallel = DistributedDataParallel(self.guarded) if here.size > 1 else self.guarded
         norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]  # empty where norms are frozen
+        self.statistics = [
+            buffer for norm in norms for buffer in norm.buffers()
+        ]  # empty where norms are frozen
 
-    def train_step(self, images: list[Tensor], targets: list[dict[str, Any]], num_objects: float) -> dict[str, float]:
+    def train_step(
+        self, images: list[Tensor], targets: list[dict[str, Any]], num_objects: float
+    ) -> dict[str, float]:
         """One step of the recipe; returns every loss, their sums, and the gradient's norm before clipping.
 
         This process's images go through in parts of `micro_batch`, whose gradients add up. Every loss is divided by
@@ -111,7 +125,11 @@ class Trainer:
         for first in range(0, len(images), size):
             part = slice(first, first + size)
             is_last = first + size >= len(images)
-            with contextlib.nullcontext() if is_last or self.here.size == 1 else self.parallel.no_sync():
+            with (
+                contextlib.nullcontext()
+                if is_last or self.here.size == 1
+                else self.parallel.no_sync()
+            ):
                 with torch.autocast(self.here.device.type, dtype, enabled=dtype != torch.float32):
                     losses = self.parallel(images[part], targets[part], num_objects)
                 # All processes skip together: one that went on alone would wait for the others forever.
@@ -132,7 +150,9 @@ class Trainer:
         self.bad_in_a_row = 0
         return {**with_sums(dict(zip(totals, summed, strict=True))), "grad_norm": norm}
 
-    def _skip(self, problem: str | None, targets: list[dict[str, Any]], statistics: list[Tensor]) -> dict[str, float]:
+    def _skip(
+        self, problem: str | None, targets: list[dict[str, Any]], statistics: list[Tensor]
+    ) -> dict[str, float]:
         """Leaves a step out, without a trace in the model, and ends the run after too many of them in a row.
 
         Raises:
@@ -183,7 +203,12 @@ class Trainer:
             if self.stopping:
                 break
             values = self.train_step(images, targets, num_objects)
-            values |= {"steps": 1, "images": num_images, "seconds": time.perf_counter() - end, "data_seconds": waited}
+            values |= {
+                "steps": 1,
+                "images": num_images,
+                "seconds": time.perf_counter() - end,
+                "data_seconds": waited,
+            }
             end += values["seconds"]
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
@@ -200,7 +225,10 @@ class Trainer:
             "class_names": list(dataset.class_names),
             "category_ids": list(dataset.category_ids),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {"total_steps": self.total_steps, "learning_rate": self.config.learning_rate},
+            "schedule": {
+                "total_steps": self.total_steps,
+                "learning_rate": self.config.learning_rate,
+            },
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -216,9 +244,21 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another model or data set, or not of a training run.
         """
-        needed = ("optimizer", "schedule", "scaler", "epoch", "step", "best", "bad_in_a_row", "sums", "rng")
+        needed = (
+            "optimizer",
+            "schedule",
+            "scaler",
+            "epoch",
+            "step",
+            "best",
+            "bad_in_a_row",
+            "sums",
+            "rng",
+        )
         if missing := [key for key in needed if key not in checkpoint]:
-            raise UserError(f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}; try --weights")
+            raise UserError(
+                f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}; try --weights"
+            )
         step = checkpoint["step"]
         if step - checkpoint["epoch"] * self.steps_per_epoch not in range(self.steps_per_epoch + 1):
             raise UserError(
@@ -231,7 +271,11 @@ class Trainer:
             group["weight_decay"] = self.config.weight_decay
         if checkpoint["scaler"]:  # empty without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch, self.step, self.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
+        self.epoch, self.step, self.best = (
+            checkpoint["epoch"],
+            checkpoint["step"],
+            checkpoint["best"],
+        )
         self.sums, self.bad_in_a_row = checkpoint["sums"], checkpoint["bad_in_a_row"]
         if len(checkpoint["rng"]) == self.here.size:
             rng = checkpoint["rng"][self.here.rank]
@@ -262,7 +306,9 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
     if resume is None:
         return replace(args, resume=None), None
     checkpoint = load_checkpoint(resume)
-    args = parse_args(argv, TrainArgs, "train.py", description, config=Config.from_dict(checkpoint["config"]))
+    args = parse_args(
+        argv, TrainArgs, "train.py", description, config=Config.from_dict(checkpoint["config"])
+    )
     return replace(args, resume=resume), checkpoint
 
 
@@ -271,7 +317,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(*read_args(sys.argv[1:] if argv is None else list(argv)))
 
 
-def run(args: TrainArgs, checkpoint: dict[str, Any] | None, build: Callable[..., SparseRCNN] = build_model) -> int:
+def run(
+    args: TrainArgs,
+    checkpoint: dict[str, Any] | None,
+    build: Callable[..., SparseRCNN] = build_model,
+) -> int:
     """`main` once the command line is read; another model is trained where another `build` makes it."""
     with world(args.device) as here:
         names = checkpoint["class_names"] if checkpoint is not None else None
@@ -279,7 +329,9 @@ def run(args: TrainArgs, checkpoint: dict[str, Any] | None, build: Callable[...,
         val_set = make_dataset(args.config, "val", class_names=train_set.class_names)
         config, error = replace(args.config, num_classes=len(train_set.class_names)), None
         if not train_set.objects_per_image.any():
-            raise UserError("train: the training images have no objects at all, there is nothing to learn from")
+            raise UserError(
+                "train: the training images have no objects at all, there is nothing to learn from"
+            )
         try:
             if here.is_main:
                 warn_of_crowded_images(train_set, config.num_proposals)
@@ -289,8 +341,12 @@ def run(args: TrainArgs, checkpoint: dict[str, Any] | None, build: Callable[...,
         except (UserError, OSError) as problem:
             error = problem
         here.raise_together(error)
-        batches = GroupedBatches(train_set.sizes_hw, config.batch_size, config.seed, here.rank, here.size)
-        trainer = Trainer(config, here, len(batches), lambda config: build(config, checkpoint is None))
+        batches = GroupedBatches(
+            train_set.sizes_hw, config.batch_size, config.seed, here.rank, here.size
+        )
+        trainer = Trainer(
+            config, here, len(batches), lambda config: build(config, checkpoint is None)
+        )
         notes = []
         if checkpoint is not None:
             trainer.restore(checkpoint, args.resume)
@@ -304,7 +360,9 @@ def run(args: TrainArgs, checkpoint: dict[str, Any] | None, build: Callable[...,
             return train(trainer, loader, val_set, args.output, report)
 
 
-def train(trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output: Path, report: Report) -> int:
+def train(
+    trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output: Path, report: Report
+) -> int:
     """The loop: steps, a checkpoint every few minutes, and after an epoch an evaluation. Returns the exit status."""
     config, here, train_set = trainer.config, trainer.here, loader.dataset.dataset
 
@@ -326,12 +384,18 @@ def train(trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output:
         save("last.pt")  # before the evaluation, which may take long
         if signals := [number for number in here.gather(trainer.stop.signal) if number]:
             trainer.stop.signal = signals[0]
-            report.say(f"stopped by signal {signals[0]} at step {trainer.step}; saved {output / 'last.pt'}")
+            report.say(
+                f"stopped by signal {signals[0]} at step {trainer.step}; saved {output / 'last.pt'}"
+            )
             return 128 + signals[0]
         metrics: dict[str, Any] = {}
-        if val_set is not None and ((trainer.epoch + 1) % config.eval_every == 0 or trainer.epoch + 1 == config.epochs):
+        if val_set is not None and (
+            (trainer.epoch + 1) % config.eval_every == 0 or trainer.epoch + 1 == config.epochs
+        ):
             size = config.micro_batch or config.batch_size // here.size
-            with trainer.stop.obeyed(f"in an evaluation; {output / 'last.pt'} is from right before it"):
+            with trainer.stop.obeyed(
+                f"in an evaluation; {output / 'last.pt'} is from right before it"
+            ):
                 loading = {"batch_size": size, "workers": config.workers}
                 metrics, _ = evaluate(trainer.model, val_set, here, **loading, amp=config.amp)
             report.say(format_table(metrics))

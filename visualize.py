@@ -6,7 +6,6 @@ with the names beside the boxes, in print.
 Shapes: N proposals, S stages, n detections of one image; images are RGB (3, H, W), boxes xyxy in their pixels.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from checkpoint import load_model, validation_set
-from config import UserError, parse_args, pick_device, run_main
+from data import validation_set
 from model import SparseRCNN
+from support.checkpoint import load_model
+from support.cli import parse_args, pick_device, run_main
+from support.errors import UserError
+from support.plots import LINES
 
 # Okabe and Ito's colours, the lighter ones first: they stand out on photographs.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#FFFFFF")
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # the darker ones first, on white
 
 
 def colour(index: int) -> str:
@@ -34,7 +35,9 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def new_figure(rows: int, columns: int, panel: tuple[float, float] = (2.6, 2.6), **kwargs) -> tuple[Figure, np.ndarray]:
+def new_figure(
+    rows: int, columns: int, panel: tuple[float, float] = (2.6, 2.6), **kwargs
+) -> tuple[Figure, np.ndarray]:
     """A figure and its axes (rows, columns), each `panel` inches wide and high; it needs no pyplot."""
     figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
@@ -60,13 +63,21 @@ def draw_boxes(
     x_limits, y_limits = sorted(axes.get_xlim()), sorted(axes.get_ylim())
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         patch = Rectangle(
-            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=linewidth, ls=linestyle
+            (x1, y1),
+            x2 - x1,
+            y2 - y1,
+            fill=False,
+            edgecolor=colours[i],
+            linewidth=linewidth,
+            ls=linestyle,
         )
         if linewidth > 1:  # a dark rim, to be seen on any background
             patch.set_path_effects(outline)
         axes.add_patch(patch)
         if texts:
-            is_right = x1 > x_limits[0] + 0.7 * (x_limits[1] - x_limits[0])  # else the text would leave the picture
+            is_right = x1 > x_limits[0] + 0.7 * (
+                x_limits[1] - x_limits[0]
+            )  # else the text would leave the picture
             axes.text(
                 min(max(x2 if is_right else x1, x_limits[0]), x_limits[1]),
                 min(max(y1, y_limits[0]), y_limits[1]),
@@ -92,7 +103,9 @@ def draw_detections(
     show_image(axes, image, title)
     keep = detection["scores"] >= threshold
     labels, scores = detection["labels"][keep].tolist(), detection["scores"][keep].tolist()
-    texts = [f"{class_names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    texts = [
+        f"{class_names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)
+    ]
     draw_boxes(axes, detection["boxes"][keep], [colour(label) for label in labels], texts)
 
 
@@ -117,13 +130,19 @@ def draw_stages(
         _, whwh_px = model.prepare([image])
         scores, labels = outputs.logits[-1, 0].sigmoid().max(-1)  # (N,) each
         found = scores >= threshold
-        panels = [model.initial_boxes_px(whwh_px)[0], *(outputs.boxes[stage - 1, 0] for stage in stages)]
+        panels = [
+            model.initial_boxes_px(whwh_px)[0],
+            *(outputs.boxes[stage - 1, 0] for stage in stages),
+        ]
         titles = ["learned proposals", *(f"stage {stage}" for stage in stages)]
         for axes, boxes, title in zip(row, panels, titles, strict=True):
             show_image(axes, image, "" if number else title)
             draw_boxes(axes, boxes[~found], ["#FFFFFF"] * int((~found).sum()), linewidth=0.6)
             is_last = axes is row[-1]
-            texts = [f"{class_names[label]} {s:.2f}" for label, s in zip(labels[found], scores[found], strict=True)]
+            texts = [
+                f"{class_names[label]} {s:.2f}"
+                for label, s in zip(labels[found], scores[found], strict=True)
+            ]
             colours = [colour(label) for label in labels[found].tolist()]
             draw_boxes(axes, boxes[found], colours, texts if is_last else None)
             axes.set_xlim(-0.5, image.shape[2] - 0.5)
@@ -131,16 +150,22 @@ def draw_stages(
     return figure
 
 
-def plot_lines(axes: Axes, x: Sequence, series: Mapping[str, Sequence[float]], colours: Sequence[str] = LINES) -> None:
+def plot_lines(
+    axes: Axes, x: Sequence, series: Mapping[str, Sequence[float]], colours: Sequence[str] = LINES
+) -> None:
     """One line a name of `series` over common x; markers differ too, for print."""
-    for (name, values), line_colour, marker in zip(series.items(), colours, "osD^vP*X", strict=False):
+    for (name, values), line_colour, marker in zip(
+        series.items(), colours, "osD^vP*X", strict=False
+    ):
         axes.plot(x, values, marker=marker, markersize=4, color=line_colour, label=name)
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend(fontsize=8)
 
 
-def plot_bars(axes: Axes, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}") -> None:
+def plot_bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], form: str = "{:.2f}"
+) -> None:
     """Horizontal bars, the first on top, each with its value."""
     bars = axes.barh(range(len(names)), values, color=LINES[0])
     axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
@@ -173,29 +198,45 @@ def plot_heatmap(
         for row, column in np.ndindex(values.shape):
             value = values[row, column]
             ink = "black" if value > middle else "white"
-            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=ink)
+            axes.text(
+                column, row, form.format(value), ha="center", va="center", fontsize=7, color=ink
+            )
 
 
-def show_map(axes: Axes, values: Tensor, title: str = "", limits: tuple[float, float] | None = None, **kwargs):
+def show_map(
+    axes: Axes, values: Tensor, title: str = "", limits: tuple[float, float] | None = None, **kwargs
+):
     """A map (h, w), such as a channel of features, as colours from dark (low) to light, without ticks.
 
     `limits` are the values of the darkest and the lightest colour, by default the map's own; `extent=(left, right,
     bottom, top)` places it in the pixels of an image. Returns what `Figure.colorbar` takes.
     """
     low, high = limits or (None, None)
-    shown = axes.imshow(values.detach().cpu().numpy(), cmap="cividis", vmin=low, vmax=high, **kwargs)
+    shown = axes.imshow(
+        values.detach().cpu().numpy(), cmap="cividis", vmin=low, vmax=high, **kwargs
+    )
     axes.set_axis_off()
     axes.set_title(title, fontsize=9)
     return shown
 
 
-def plot_stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], form: str = "{:.0f}") -> None:
+def plot_stacked(
+    axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], form: str = "{:.0f}"
+) -> None:
     """Horizontal bars, the first on top, each divided into `parts` (name -> a value a bar), with its total."""
     left = np.zeros(len(names))
     for (part, values), part_colour, hatch in zip(
         parts.items(), LINES, ("", "//", "..", "xx", "--", "oo"), strict=False
     ):
-        axes.barh(range(len(names)), values, left=left, color=part_colour, hatch=hatch, edgecolor="white", label=part)
+        axes.barh(
+            range(len(names)),
+            values,
+            left=left,
+            color=part_colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=part,
+        )
         left += values
     for row, total in enumerate(left):
         axes.text(total, row, f"  {form.format(total)}", va="center", fontsize=8)
@@ -206,34 +247,6 @@ def plot_stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=len(parts), frameon=False)
 
 
-def plot_curves(metrics_jsonl: Path, output: Path) -> None:
-    """A training run's `metrics.jsonl` as a picture: losses, AP, and learning rate over the epochs."""
-    lines = [json.loads(line) for line in Path(metrics_jsonl).read_text().splitlines()]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    loss_axes, ap_axes, rate_axes = figure.subplots(1, 3)
-
-    def plot(axes: Axes, labels: dict[str, str]) -> None:
-        for (key, label), line_colour in zip(labels.items(), LINES, strict=False):
-            points = [(line["epoch"], line[key]) for line in lines if line.get(key, -1) >= 0]  # −1: not defined
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=line_colour)
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-
-    plot(loss_axes, {"loss": "sum", "loss_cls": "class (focal)", "loss_l1": "L1", "loss_giou": "GIoU"})
-    loss_axes.set(title="training loss, summed over stages", ylabel="loss", ylim=(0, None))
-    if loss_axes.lines:
-        loss_axes.legend()
-    plot(ap_axes, {"AP": "AP", "AP50": "AP50", "AP75": "AP75"})
-    ap_axes.set(title="validation", ylabel="AP (fraction of 1)", ylim=(0, 1))
-    if ap_axes.lines:
-        ap_axes.legend(loc="lower right")
-    plot(rate_axes, {"lr": "learning rate"})
-    rate_axes.set(title="rate at the end of the epoch", ylabel="learning rate", ylim=(0, None))
-    figure.savefig(output, dpi=110)
-
-
 @dataclass(frozen=True)
 class PictureArgs:
     weights: Path  # checkpoint
@@ -242,7 +255,9 @@ class PictureArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     output: Path = Path("runs/pictures")  # folder for detections.png and stages.png
     images: int = 8  # pictures of the validation data to draw
-    score_threshold: float = 0.3  # detections below it are not drawn; scores are still low after minutes of training
+    score_threshold: float = (
+        0.3  # detections below it are not drawn; scores are still low after minutes of training
+    )
 
 
 @dataclass(frozen=True)
@@ -257,13 +272,18 @@ def draw_readme(args: ReadmeArgs) -> None:
     model, checkpoint = load_model(args.weights)
     dataset, class_names = validation_set(checkpoint), checkpoint["class_names"]
     if len(dataset) < 23:
-        raise UserError(f"{args.weights}: its validation data has {len(dataset)} pictures, 23 are needed")
+        raise UserError(
+            f"{args.weights}: its validation data has {len(dataset)} pictures, 23 are needed"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     images = [dataset[i][0] for i in range(23)]
     last = len(model.head.stages)
     # Pictures whose objects lie apart, so that boxes can be followed; of six stages the slides show 1, 3 and 6.
     figure = draw_stages(
-        model, [images[i] for i in (5, 10, 22)], class_names, stages=sorted({1, (last + 1) // 2, last})
+        model,
+        [images[i] for i in (5, 10, 22)],
+        class_names,
+        stages=sorted({1, (last + 1) // 2, last}),
     )
     figure.savefig(args.output / "stages.png", dpi=120)
     figure, grid = new_figure(3, 4, (2.1, 2.1))
@@ -277,10 +297,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Detections, and the proposals of every stage, on validation pictures; `readme`: the README's pictures."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["readme"]:
-        return draw_readme(parse_args(argv[1:], ReadmeArgs, "visualize.py readme", "The README's pictures."))
-    description = (
-        "Pictures of a checkpoint's detections on its validation data. `visualize.py readme` draws the README's."
-    )
+        return draw_readme(
+            parse_args(argv[1:], ReadmeArgs, "visualize.py readme", "The README's pictures.")
+        )
+    description = "Pictures of a checkpoint's detections on its validation data. `visualize.py readme` draws the README's."
     args = parse_args(argv, PictureArgs, "visualize.py", description)
     if args.images < 1:
         raise UserError("visualize: --images should be at least 1")
@@ -293,7 +313,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure, grid = new_figure(rows, columns, (3, 3))
     with torch.inference_mode():
         for axes, image in zip(grid.flat, images, strict=False):
-            draw_detections(axes, image, model([image])[0], checkpoint["class_names"], args.score_threshold)
+            draw_detections(
+                axes, image, model([image])[0], checkpoint["class_names"], args.score_threshold
+            )
     figure.savefig(args.output / "detections.png", dpi=120)
     draw_stages(model, images[:4], checkpoint["class_names"], args.score_threshold).savefig(
         args.output / "stages.png", dpi=120

@@ -1,6 +1,6 @@
-"""The ablations of the paper's slides, one command each: `python -m tools.ablate TABLE …` (3 4 5 6 7 8 10 or all).
+"""The ablations of the paper's slides, one command each: `python -m experiments.ablate TABLE …` (3 4 5 6 7 8 10 or all).
 
-It trains the variants of the tables (`tools/variants.py`) with the same data, schedule and seeds, and sets the paper's
+It trains the variants of the tables (`experiments/variants.py`) with the same data, schedule and seeds, and sets the paper's
 figures beside ours. A variant that several tables have is trained once. What is finished is kept, and a run that was
 stopped goes on where it was: repeat the command. Started twice at the same time, with OMP_NUM_THREADS=1 each, the two
 share the runs, which on two cores is faster than one after the other.
@@ -28,13 +28,16 @@ import torch
 import tyro
 
 import train
-from checkpoint import load_checkpoint, load_strictly, validation_set
-from config import PRESETS, Config, UserError, parse_args, pick_device, preset_from, run_main
-from distributed import World
+from config import PRESETS, Config
+from data import validation_set
 from evaluate import evaluate
-from report import git_revision
-from tools.measure import format_table, machine
-from tools.variants import VARIANTS, shared_name
+from experiments.measure import format_table, machine
+from experiments.variants import VARIANTS, shared_name
+from support.checkpoint import load_checkpoint, load_strictly
+from support.cli import parse_args, pick_device, preset_from, run_main
+from support.distributed import World
+from support.errors import UserError
+from support.report import git_revision
 from visualize import new_figure, plot_bars
 
 # The shapes preset with the paper's six stages, and half of its proposals: then five times as many can be afforded. The
@@ -43,7 +46,10 @@ from visualize import new_figure, plot_bars
 ABLATION = replace(PRESETS["shapes"], num_stages=6, num_proposals=10, eval_every=6)
 # Settings that do not change what is trained; num_classes comes from the data.
 IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes", "compile")
-HEADINGS = {"FPS": ("FPS", "images/s"), "time": ("training, h", "training, min")}  # the paper's and ours, where not one
+HEADINGS = {
+    "FPS": ("FPS", "images/s"),
+    "time": ("training, h", "training, min"),
+}  # the paper's and ours, where not one
 
 
 class Table(NamedTuple):
@@ -125,9 +131,13 @@ TABLES = {
 
 @dataclass(frozen=True)
 class AblateArgs:
-    tables: tyro.conf.Positional[tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]]  # tables of the paper
+    tables: tyro.conf.Positional[
+        tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]
+    ]  # tables of the paper
     config: Config = field(default_factory=lambda: ABLATION)
-    seeds: tuple[int, ...] = ()  # the variants are trained once with each; by default with --seed alone
+    seeds: tuple[
+        int, ...
+    ] = ()  # the variants are trained once with each; by default with --seed alone
     output: Path = Path("ablations")  # folder for the tables
     runs: Path = Path("runs/ablations")  # folder for the training runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
@@ -174,9 +184,13 @@ def read_result(args: AblateArgs, variant: str, seed: int) -> dict[str, Any] | N
 def train_variant(args: AblateArgs, variant: str, seed: int) -> int:
     """Trains a variant, from its last checkpoint where it was begun, and writes its result. Returns the exit status."""
     folder, config = args.folder_of(variant, seed), args.config_of(variant, seed)
-    if (folder / "config.json").exists() and not is_as_wanted(json.loads((folder / "config.json").read_text()), config):
+    if (folder / "config.json").exists() and not is_as_wanted(
+        json.loads((folder / "config.json").read_text()), config
+    ):
         # Hours may lie in it: it makes place, and nothing is deleted.
-        number = next(n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists())
+        number = next(
+            n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists()
+        )
         kept = folder.rename(folder.with_name(f"{folder.name}.old{number}"))
         print(f"{folder} was trained with other settings; it is {kept} now")
     last = folder / "last.pt"
@@ -187,7 +201,10 @@ def train_variant(args: AblateArgs, variant: str, seed: int) -> int:
         return status
     result = measure(folder, variant, args.device)
     temporary = folder / "result.json.tmp"
-    temporary.write_text(json.dumps({"variant": variant, "seed": seed, **result}, indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(
+        json.dumps({"variant": variant, "seed": seed, **result}, indent=2, ensure_ascii=False)
+        + "\n"
+    )
     temporary.replace(folder / "result.json")
     return 0
 
@@ -200,7 +217,9 @@ def measure(folder: Path, variant: str, device_name: str) -> dict[str, Any]:
     load_strictly(model, checkpoint["model"], folder / "last.pt")
     dataset = validation_set({**checkpoint, "config": config})
     here = World(device)
-    metrics, _ = evaluate(model.to(device).for_inference(), dataset, here, workers=config.workers, amp=config.amp)
+    metrics, _ = evaluate(
+        model.to(device).for_inference(), dataset, here, workers=config.workers, amp=config.amp
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = lines[-1]["step"] / len(lines)  # of an epoch
     seconds = sum(steps * config.batch_size / line["images_per_second"] for line in lines)
@@ -228,7 +247,9 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
         if values:
             means[name] = statistics.fmean(values) * (100 if name.startswith("AP") else 1)
     if len(results) > 1:
-        means["spread"] = 50 * (max(result["AP"] for result in results) - min(result["AP"] for result in results))
+        means["spread"] = 50 * (
+            max(result["AP"] for result in results) - min(result["AP"] for result in results)
+        )
     return means | {"seeds": len(results)}
 
 
@@ -239,8 +260,13 @@ def table_rows(args: AblateArgs, table: Table) -> list[dict[str, Any]]:
         variant = shared_name(name, args.config)
         results = [result for seed in args.seeds if (result := read_result(args, variant, seed))]
         label = label.format(N=VARIANTS[variant].config(args.config).num_proposals)
-        paper = {f"paper_{column}": figure for column, figure in zip(table.columns.split(), figures, strict=True)}
-        rows.append({"label": label, "variant": variant, **paper, **summary(results), "results": results})
+        paper = {
+            f"paper_{column}": figure
+            for column, figure in zip(table.columns.split(), figures, strict=True)
+        }
+        rows.append(
+            {"label": label, "variant": variant, **paper, **summary(results), "results": results}
+        )
     return rows
 
 
@@ -262,11 +288,12 @@ def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
     first, config = results[0], results[0]["config"]
     data = config["train_json"] or f"{config['data']} ({config['shapes_train']} pictures)"
     made = dict.fromkeys(
-        ", ".join(f"{name} {value}" for name, value in result["machine"].items()) + f"; revision {result['revision']}"
+        ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+        + f"; revision {result['revision']}"
         for result in results
     )
     if "FPS" in names:
-        text += "\nOur times are of runs beside other work; `python -m tools.benchmark growth` measures in turns.\n"
+        text += "\nOur times are of runs beside other work; `python -m experiments.benchmark growth` measures in turns.\n"
     return text + (
         f"\nData: {data}, evaluated on {first['images']} images. Every run: {first['steps']} steps of "
         f"{config['batch_size']} images. Seeds: {', '.join(sorted({str(result['seed']) for result in results}))}. "
@@ -284,10 +311,14 @@ def write_tables(args: AblateArgs, numbers: Sequence[str]) -> list[str]:
         texts.append(markdown(number, table, rows))
         (args.output / f"table{number}.md").write_text(texts[-1])
         lines = {"table": number, "title": table.title, "rows": rows}
-        (args.output / f"table{number}.json").write_text(json.dumps(lines, indent=2, ensure_ascii=False) + "\n")
+        (args.output / f"table{number}.json").write_text(
+            json.dumps(lines, indent=2, ensure_ascii=False) + "\n"
+        )
         figure, axes = new_figure(1, 2, (4.2, 0.8 + 0.38 * len(rows)))
         done = [row for row in rows if "AP" in row]
-        plot_bars(axes[0, 0], [row["label"] for row in rows], [row["paper_AP"] for row in rows], "{:.1f}")
+        plot_bars(
+            axes[0, 0], [row["label"] for row in rows], [row["paper_AP"] for row in rows], "{:.1f}"
+        )
         axes[0, 0].set_title("paper: AP on COCO", fontsize=9)
         plot_bars(axes[0, 1], [row["label"] for row in done], [row["AP"] for row in done], "{:.1f}")
         axes[0, 1].set_xlim(left=0)
@@ -307,15 +338,30 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
     """
     has_preset = any(word.split("=")[0] == "--preset" for word in argv)
     config = preset_from(argv) if has_preset else ABLATION
-    args = parse_args(argv, AblateArgs, "python -m tools.ablate", __doc__.split("\n\n")[0], tables=(), config=config)
+    args = parse_args(
+        argv,
+        AblateArgs,
+        "python -m experiments.ablate",
+        __doc__.split("\n\n")[0],
+        tables=(),
+        config=config,
+    )
     tables = tuple(TABLES) if "all" in args.tables else tuple(dict.fromkeys(args.tables))
     if not tables:
-        raise UserError(f"ablate: no table given; tables: {', '.join(TABLES)}, or all (python -m tools.ablate --help)")
-    args = replace(args, tables=tables, seeds=tuple(dict.fromkeys(args.seeds)) or (args.config.seed,))
+        raise UserError(
+            f"ablate: no table given; tables: {', '.join(TABLES)}, or all (python -m experiments.ablate --help)"
+        )
+    args = replace(
+        args, tables=tables, seeds=tuple(dict.fromkeys(args.seeds)) or (args.config.seed,)
+    )
     if args.config.train_json and not args.config.val_json:
-        raise UserError("ablate: nothing to evaluate on; give --val-json and --val-images with --train-json")
+        raise UserError(
+            "ablate: nothing to evaluate on; give --val-json and --val-images with --train-json"
+        )
     if "10" in tables and args.config.hidden_dim % 8:
-        raise UserError(f"ablate: --hidden-dim {args.config.hidden_dim}: Table 10's encoding needs a multiple of 8")
+        raise UserError(
+            f"ablate: --hidden-dim {args.config.hidden_dim}: Table 10's encoding needs a multiple of 8"
+        )
     if "RANK" in os.environ:
         raise UserError("ablate: runs in one process, start it without torchrun")
     return args
@@ -326,7 +372,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = read_args(sys.argv[1:] if argv is None else list(argv))
     rows = [row for number in args.tables for row in TABLES[number].rows]
     variants = list(dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows))
-    todo = [(variant, seed) for seed in args.seeds for variant in variants if not read_result(args, variant, seed)]
+    todo = [
+        (variant, seed)
+        for seed in args.seeds
+        for variant in variants
+        if not read_result(args, variant, seed)
+    ]
     elsewhere = []
     args.runs.mkdir(parents=True, exist_ok=True)
     for count, (variant, seed) in enumerate(todo, 1):
@@ -334,17 +385,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not is_mine:
                 elsewhere.append(f"{variant} seed {seed}")
                 continue
-            if not read_result(args, variant, seed):  # another process may have finished it meanwhile
+            if not read_result(
+                args, variant, seed
+            ):  # another process may have finished it meanwhile
                 print(f"\n=== {count} of {len(todo)}: {variant}, seed {seed} ===", flush=True)
                 if status := train_variant(args, variant, seed):
                     return status
                 write_tables(args, args.tables)
     print("\n" + "\n".join(write_tables(args, args.tables)))
     if elsewhere:
-        print(f"another process is at work on {', '.join(elsewhere)}; repeat the command when it is done")
-    print(f"written: {', '.join(f'table{number}' for number in args.tables)} as .md, .json, .png in {args.output}")
+        print(
+            f"another process is at work on {', '.join(elsewhere)}; repeat the command when it is done"
+        )
+    print(
+        f"written: {', '.join(f'table{number}' for number in args.tables)} as .md, .json, .png in {args.output}"
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, "tools.ablate"))
+    sys.exit(run_main(main, "experiments.ablate"))

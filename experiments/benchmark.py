@@ -1,4 +1,4 @@
-"""Speed, measured on this machine: `python -m tools.benchmark COMMAND`, the first word being what to measure.
+"""Speed, measured on this machine: `python -m experiments.benchmark COMMAND`, the first word being what to measure.
 
 data        images/s of decoding and augmenting at the recipe's 480-800/1333, beside the same transforms on PIL images,
             and of a whole loader at several numbers of workers. The pictures are made here, or those of --train-json.
@@ -17,22 +17,30 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from config import UserError, run_main
+from support.cli import run_main
+from support.errors import UserError
 
 # Each a module with a main(argv), imported when it is asked for: `data` needs no detectors.
-COMMANDS = {name: f"tools.benchmark_{name}" for name in ("data", "inference", "training", "matcher", "growth")}
+COMMANDS = {
+    name: f"experiments.benchmark_{name}"
+    for name in ("data", "inference", "training", "matcher", "growth")
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake raises `UserError`."""
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     if command in ("-h", "--help"):
-        return print(f"{__doc__}\n`python -m tools.benchmark COMMAND --help` lists a command's flags.")
+        return print(
+            f"{__doc__}\n`python -m experiments.benchmark COMMAND --help` lists a command's flags."
+        )
     if command not in COMMANDS:
         wrong = f"no such command as {command}" if command else "no command given"
-        raise UserError(f"{wrong}; commands: {', '.join(COMMANDS)} (python -m tools.benchmark --help)")
+        raise UserError(
+            f"{wrong}; commands: {', '.join(COMMANDS)} (python -m experiments.benchmark --help)"
+        )
     importlib.import_module(COMMANDS[command]).main(rest)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, "tools.benchmark"))
+    sys.exit(run_main(main, "experiments.benchmark"))

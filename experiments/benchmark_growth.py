@@ -1,4 +1,4 @@
-"""`python -m tools.benchmark growth`: detection with more proposals, more stages, larger images (slides: Tables 7, 8).
+"""`python -m experiments.benchmark growth`: detection with more proposals, more stages, larger images (slides: Tables 7, 8).
 
 One thing grows at a time, from 100 proposals, six stages and the size given; all variants share the weights of one
 backbone and of twelve stages, which are random. They run as `SparseRCNN.for_inference()` makes them.
@@ -15,12 +15,13 @@ from typing import Literal
 
 import torch
 
-from config import PRESETS, PresetName, UserError, parse_args, pick_device
-from evaluate import AMP_DTYPES
+from config import PRESETS, PresetName
+from experiments.benchmark_inference import dtype_name, random_model
+from experiments.measure import report, take_turns
 from head import DynamicHead
 from model import SparseRCNN
-from tools.benchmark_inference import dtype_name, random_model
-from tools.measure import report, take_turns
+from support.cli import AMP_DTYPES, parse_args, pick_device
+from support.errors import UserError
 
 BASE = {"proposals": 100, "stages": 6, "scale": 1.0}
 # What differs from the base, and the paper's frames per second where it has a row for it.
@@ -66,11 +67,18 @@ def with_size(model: SparseRCNN, proposals: int, stages: int) -> SparseRCNN:
 
 def main(argv: Sequence[str]) -> None:
     """The command `growth`; a user's mistake raises `UserError`."""
-    args = parse_args(argv, GrowthArgs, "python -m tools.benchmark growth", "Speed as proposals, stages, images grow.")
+    args = parse_args(
+        argv,
+        GrowthArgs,
+        "python -m experiments.benchmark growth",
+        "Speed as proposals, stages, images grow.",
+    )
     if min(args.repeats, args.warmup) < 1 or args.seed not in range(2**63):
         raise UserError("growth: --repeats and --warmup are at least 1, --seed in 0 … 2^63 − 1")
     if min(args.height, args.width) < 64:
-        raise UserError(f"growth: images of {args.height}×{args.width} px; half of them, as well, needs 32 px a side")
+        raise UserError(
+            f"growth: images of {args.height}×{args.width} px; half of them, as well, needs 32 px a side"
+        )
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     sizes = [{**BASE, **change} for change, _ in VARIANTS]
@@ -82,7 +90,10 @@ def main(argv: Sequence[str]) -> None:
     }
 
     def passes(size: dict[str, float]) -> Callable[[], int]:
-        sized, batch = with_size(model, int(size["proposals"]), int(size["stages"])), images[size["scale"]]
+        sized, batch = (
+            with_size(model, int(size["proposals"]), int(size["stages"])),
+            images[size["scale"]],
+        )
 
         def run() -> int:
             with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "off"):
@@ -91,7 +102,9 @@ def main(argv: Sequence[str]) -> None:
         return run
 
     with torch.inference_mode():
-        turns = take_turns({i: passes(size) for i, size in enumerate(sizes)}, args.repeats, args.warmup, device)
+        turns = take_turns(
+            {i: passes(size) for i, size in enumerate(sizes)}, args.repeats, args.warmup, device
+        )
     rows, base_ms, base_fps = [], None, VARIANTS[0][1]
     for i, (size, (_, paper_fps)) in enumerate(zip(sizes, VARIANTS, strict=True)):
         times_ms = [1000 * seconds for _, seconds in turns[i]]
@@ -112,6 +125,11 @@ def main(argv: Sequence[str]) -> None:
                 "paper_over_base": base_fps / paper_fps if paper_fps else None,
             }
         )
-    used = {"threads": torch.get_num_threads(), "preset": args.preset, "dtype": dtype_name(args.amp), "batch": 1}
+    used = {
+        "threads": torch.get_num_threads(),
+        "preset": args.preset,
+        "dtype": dtype_name(args.amp),
+        "batch": 1,
+    }
     used |= {"warm-up": args.warmup, "repeats": args.repeats, "seed": args.seed}
     report(args.output, "growth", used, rows, COLUMNS, device)

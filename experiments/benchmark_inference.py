@@ -1,4 +1,4 @@
-"""`python -m tools.benchmark inference`: speed of this model and of other detectors on the same images.
+"""`python -m experiments.benchmark inference`: speed of this model and of other detectors on the same images.
 
 Ours in several variants of the same weights, as a whole and in parts, beside the detectors of `benchmark_peers.py`,
 each in float32 and under autocast. "ours" is as built, a ResNet with its channels last in memory. A pass goes from
@@ -31,11 +31,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import fold_batch_norms
-from config import PRESETS, Config, PresetName, UserError, first_line, parse_args, pick_device
-from evaluate import AMP_DTYPES
+from config import PRESETS, Config, PresetName
+from experiments.benchmark_peers import PeerName, build_peer, rois_per_image, tame_residuals
+from experiments.measure import PeakMemory, Row, product_rate, report, take_turns
 from model import SparseRCNN, build_model
-from tools.benchmark_peers import PeerName, build_peer, rois_per_image, tame_residuals
-from tools.measure import PeakMemory, Row, product_rate, report, take_turns
+from support.cli import AMP_DTYPES, parse_args, pick_device
+from support.errors import UserError, first_line
 
 Call = Callable[[], object]
 PLAIN, FAST, FIRST, WHOLE = "ours", "ours, for_inference()", "ours, channels first", "all"
@@ -59,13 +60,18 @@ COLUMNS = {
 class InferenceArgs:
     preset: PresetName = "r50-100"  # which of our models
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
-    amp: tuple[Literal["off", "bf16", "fp16"], ...] = ("off", "bf16")  # float32, and mixed precision
+    amp: tuple[Literal["off", "bf16", "fp16"], ...] = (
+        "off",
+        "bf16",
+    )  # float32, and mixed precision
     height: int = 800  # pixels of the images
     width: int = 1216  # pixels of the images
     batch_size: int = 1  # images at a time
     repeats: int = 7  # measurements of every variant
     warmup: int = 1  # passes of every variant before them
-    compile: bool = False  # also our fastest variant with torch.compile, which takes minutes to compile
+    compile: bool = (
+        False  # also our fastest variant with torch.compile, which takes minutes to compile
+    )
     peers: tuple[PeerName, ...] = get_args(PeerName)  # other detectors; none for ours alone
     seed: int = 0  # of weights and images
     output: Path = Path("runs/benchmark.jsonl")  # file that a line is added to
@@ -87,7 +93,9 @@ def random_model(config: Config) -> SparseRCNN:
     centres.uniform_(0.2, 0.8)
     sides.uniform_(-3, 0).exp_()  # between a twentieth and all of the image
     for stage in model.head.stages:
-        nn.init.normal_(stage.box_deltas.weight, std=0.02)  # boxes move by a few per cent, as late stages move them
+        nn.init.normal_(
+            stage.box_deltas.weight, std=0.02
+        )  # boxes move by a few per cent, as late stages move them
     return model
 
 
@@ -98,7 +106,12 @@ def our_models(config: Config, device: torch.device, compiled: bool) -> dict[str
     first.backbone.to(memory_format=torch.contiguous_format)
     folded = copy.deepcopy(first)
     fold_batch_norms(folded.backbone)
-    models = {FIRST: first, f"{FIRST}, norms folded": folded, PLAIN: plain, FAST: plain.for_inference()}
+    models = {
+        FIRST: first,
+        f"{FIRST}, norms folded": folded,
+        PLAIN: plain,
+        FAST: plain.for_inference(),
+    }
     if compiled:
         model = models[f"{FAST}, compiled"] = plain.for_inference()
         model.compile()
@@ -110,7 +123,9 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
-        raise UserError(f"--compile: torch.compile does not work here ({first_line(error)})") from None
+        raise UserError(
+            f"--compile: torch.compile does not work here ({first_line(error)})"
+        ) from None
 
 
 def parts(model: SparseRCNN, images: Sequence[Tensor]) -> dict[str, Call]:
@@ -151,10 +166,15 @@ def peak_mb(model: nn.Module, run: Call, device: torch.device) -> float | None:
         return None
     with PeakMemory(device) as memory:  # without all variants' weights
         run()
-    return memory.megabytes + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
+    return (
+        memory.megabytes
+        + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
+    )
 
 
-def differences(model: SparseRCNN, images: Sequence[Tensor], expected: tuple[Tensor, Tensor]) -> dict[str, float]:
+def differences(
+    model: SparseRCNN, images: Sequence[Tensor], expected: tuple[Tensor, Tensor]
+) -> dict[str, float]:
     """The largest differences to the logits and boxes expected, before any selection: no order to get in the way."""
     found = model.stages(images)
     scores, expected_scores = found.logits.float().sigmoid(), expected[0].float().sigmoid()
@@ -168,7 +188,10 @@ def differences(model: SparseRCNN, images: Sequence[Tensor], expected: tuple[Ten
 
 
 def measure_inference(
-    models: dict[str, nn.Module], images: Sequence[Tensor], args: InferenceArgs, rates: dict[str, float]
+    models: dict[str, nn.Module],
+    images: Sequence[Tensor],
+    args: InferenceArgs,
+    rates: dict[str, float],
 ) -> list[Row]:
     """The rows of the table.
 
@@ -183,7 +206,11 @@ def measure_inference(
     ours = [name for name, model in models.items() if isinstance(model, SparseRCNN)]
     expected = plain.stages(images)
     flops = {(PLAIN, part): count_flops(call) for part, call in parts(plain, images).items()}
-    flops |= {(n, WHOLE): count_flops(lambda m=m: m(images)) for n, m in models.items() if n == PLAIN or n not in ours}
+    flops |= {
+        (n, WHOLE): count_flops(lambda m=m: m(images))
+        for n, m in models.items()
+        if n == PLAIN or n not in ours
+    }
 
     def precision(amp: str) -> torch.autocast:
         return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")
@@ -212,7 +239,10 @@ def measure_inference(
     rows = []
     for (name, part, amp), turns in take_turns(runs, args.repeats, args.warmup, device).items():
         times_ms = [1000 * seconds for _, seconds in turns]
-        median_s, count = statistics.median(times_ms) / 1000, flops[PLAIN if name in ours else name, part]
+        median_s, count = (
+            statistics.median(times_ms) / 1000,
+            flops[PLAIN if name in ours else name, part],
+        )
         rows.append(
             {
                 "variant": name,
@@ -232,13 +262,22 @@ def measure_inference(
 
 def main(argv: Sequence[str]) -> None:
     """The command `inference`; a user's mistake raises `UserError`."""
-    args = parse_args(argv, InferenceArgs, "python -m tools.benchmark inference", "Speed of detection, beside others.")
+    args = parse_args(
+        argv,
+        InferenceArgs,
+        "python -m experiments.benchmark inference",
+        "Speed of detection, beside others.",
+    )
     if min(args.batch_size, args.repeats, args.warmup) < 1 or args.seed not in range(2**63):
-        raise UserError("inference: --batch-size, --repeats and --warmup are at least 1, --seed in 0 … 2^63 − 1")
+        raise UserError(
+            "inference: --batch-size, --repeats and --warmup are at least 1, --seed in 0 … 2^63 − 1"
+        )
     if not args.amp:
         raise UserError("inference: --amp names no precision; off is float32")
     if min(args.height, args.width) < 32:
-        raise UserError(f"inference: images of {args.height}×{args.width} px; --height and --width are at least 32")
+        raise UserError(
+            f"inference: images of {args.height}×{args.width} px; --height and --width are at least 32"
+        )
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     if args.compile:
@@ -254,12 +293,29 @@ def main(argv: Sequence[str]) -> None:
     with torch.inference_mode():
         rates = {amp: product_rate(device, AMP_DTYPES[amp]) for amp in args.amp}
         rows = measure_inference(models, images, args, rates)
-        figures = {f"{dtype_name(amp)}_product_gflop_per_s": rate / 1e9 for amp, rate in rates.items()}
+        figures = {
+            f"{dtype_name(amp)}_product_gflop_per_s": rate / 1e9 for amp, rate in rates.items()
+        }
         if "faster-rcnn" in models:
             figures["faster_rcnn_rois_per_image"] = rois_per_image(models["faster-rcnn"], images)
-    times_ms = {(row["variant"], row["dtype"]): row["median_ms"] for row in rows if row["part"] == WHOLE}
+    times_ms = {
+        (row["variant"], row["dtype"]): row["median_ms"] for row in rows if row["part"] == WHOLE
+    }
     if theirs := times_ms.get(("faster-rcnn", "float32")):
-        figures |= {f"{dtype}_over_faster_rcnn": ms / theirs for (name, dtype), ms in times_ms.items() if name == FAST}
-    used = {"threads": torch.get_num_threads(), "preset": args.preset, "resolution": f"{args.height}×{args.width} px"}
-    used |= {"batch": args.batch_size, "warm-up": args.warmup, "repeats": args.repeats, "seed": args.seed}
+        figures |= {
+            f"{dtype}_over_faster_rcnn": ms / theirs
+            for (name, dtype), ms in times_ms.items()
+            if name == FAST
+        }
+    used = {
+        "threads": torch.get_num_threads(),
+        "preset": args.preset,
+        "resolution": f"{args.height}×{args.width} px",
+    }
+    used |= {
+        "batch": args.batch_size,
+        "warm-up": args.warmup,
+        "repeats": args.repeats,
+        "seed": args.seed,
+    }
     report(args.output, "inference", used, rows, COLUMNS, device, **figures)

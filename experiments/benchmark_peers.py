@@ -1,4 +1,4 @@
-"""Other detectors for `python -m tools.benchmark inference`, from random weights; nothing is downloaded.
+"""Other detectors for `python -m experiments.benchmark inference`, from random weights; nothing is downloaded.
 
 Faster R-CNN and RetinaNet (R50-FPN) are torchvision's, and Cascade R-CNN is made here of torchvision's parts: Faster
 R-CNN with three box heads in a row. DETR and Deformable DETR (R50, 100 and 300 queries) are those of `transformers`,
@@ -59,7 +59,9 @@ class CascadeStage(nn.Module):
         """regions (n, C, 7, 7) of B lists of boxes, n in all -> scores (n, K + 1), and the boxes moved."""
         found = self.box_head(regions)
         moved = self.box_coder.decode(self.bbox_pred(found), proposals)[:, 0]  # (n, 4)
-        return self.cls_score(found).softmax(-1), list(moved.split([len(boxes) for boxes in proposals]))
+        return self.cls_score(found).softmax(-1), list(
+            moved.split([len(boxes) for boxes in proposals])
+        )
 
 
 class CascadeHeads(nn.Module):
@@ -77,20 +79,31 @@ class CascadeHeads(nn.Module):
         self.roi_heads = roi_heads
 
     def forward(
-        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]], _: None = None
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        _: None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """As `RoIHeads.forward` in eval mode."""
         scores = []
         for stage in self.stages:
-            found, proposals = stage(self.roi_heads.box_roi_pool(features, proposals, image_shapes), proposals)
-            proposals = [clip_boxes_to_image(*pair) for pair in zip(proposals, image_shapes, strict=True)]
+            found, proposals = stage(
+                self.roi_heads.box_roi_pool(features, proposals, image_shapes), proposals
+            )
+            proposals = [
+                clip_boxes_to_image(*pair) for pair in zip(proposals, image_shapes, strict=True)
+            ]
             scores.append(found)
         # It wants logits, and deltas for every class: the softmax of these is the mean, and no delta moves a box.
         logits = torch.stack(scores).mean(0).log()  # (n, K + 1)
         found = self.roi_heads.postprocess_detections(
             logits, logits.new_zeros(len(logits), 4 * self.num_classes), proposals, image_shapes
         )
-        return [dict(zip(("boxes", "scores", "labels"), each, strict=True)) for each in zip(*found, strict=True)], {}
+        return [
+            dict(zip(("boxes", "scores", "labels"), each, strict=True))
+            for each in zip(*found, strict=True)
+        ], {}
 
 
 class OnBatch(nn.Module):
@@ -120,10 +133,18 @@ def build_transformers(name: Literal["detr", "deformable-detr"]) -> nn.Module:
 
     def backbone(*stages: str) -> dict:
         resnet = hf.ResNetConfig(out_features=list(stages))
-        return {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone_config": resnet}
+        return {
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone_config": resnet,
+        }
 
     if name == "detr":
-        return OnBatch(hf.DetrForObjectDetection(hf.DetrConfig(backbone=None, num_labels=91, **backbone("stage4"))))
+        return OnBatch(
+            hf.DetrForObjectDetection(
+                hf.DetrConfig(backbone=None, num_labels=91, **backbone("stage4"))
+            )
+        )
     # A custom kernel would have to be downloaded; PyTorch's own grid_sample does the same.
     levels = {"backbone": None, "num_labels": 91, "disable_custom_kernels": True}
     levels |= backbone("stage2", "stage3", "stage4")
@@ -148,7 +169,9 @@ def build_peer(name: PeerName, height: int, width: int) -> nn.Module | None:
 def rois_per_image(faster_rcnn: nn.Module, images: Sequence[Tensor]) -> float:
     """How many boxes of the RPN reach the box head."""
     counts: list[int] = []
-    hook = faster_rcnn.roi_heads.box_head.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    hook = faster_rcnn.roi_heads.box_head.register_forward_pre_hook(
+        lambda _, inputs: counts.append(len(inputs[0]))
+    )
     faster_rcnn(images)
     hook.remove()
     return sum(counts) / len(images)

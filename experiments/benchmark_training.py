@@ -1,4 +1,4 @@
-"""`python -m tools.benchmark training`: images/s of training, and where the time of a step goes.
+"""`python -m experiments.benchmark training`: images/s of training, and where the time of a step goes.
 
 What is measured is `train.py`'s own loop: its loader on JPEGs of COCO's size, its step, with the preset's optimiser,
 clipping and frozen layers. All weights are random, which is right for speed: the work is the same on any weights, but
@@ -9,7 +9,7 @@ clock is read between the parts; on an accelerator it has to wait there for what
 not. The parts are
 
     data        waiting for the loader, whose workers decode and augment ahead: in so few steps they always have, and
-                only --workers 0 shows what it takes; `python -m tools.benchmark data` measures a loader alone
+                only --workers 0 shows what it takes; `python -m experiments.benchmark data` measures a loader alone
     forward     preparing images, backbone, head, and the losses
     matching    costs, their way to the host, and the assignment
     backward    gradients, set to none before and clipped after
@@ -33,15 +33,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from config import PRESETS, Config, PresetName, UserError, parse_args, pick_device
-from data import collate, make_dataset
-from distributed import GroupedBatches, World, make_loader
-from evaluate import AMP_DTYPES
+from config import PRESETS, Config, PresetName
+from data import make_dataset
+from experiments.benchmark_data import make_pictures
+from experiments.benchmark_inference import check_compiler, count_flops, dtype_name
+from experiments.benchmark_peers import tame_residuals
+from experiments.measure import PeakMemory, Row, product_rate, report, synchronize, take_turns
 from model import SparseRCNN, build_model
-from tools.benchmark_data import make_pictures
-from tools.benchmark_inference import check_compiler, count_flops, dtype_name
-from tools.benchmark_peers import tame_residuals
-from tools.measure import PeakMemory, Row, product_rate, report, synchronize, take_turns
+from support.cli import AMP_DTYPES, parse_args, pick_device
+from support.distributed import World
+from support.errors import UserError
+from support.loader import GroupedBatches, collate, make_loader
 from train import Trainer
 
 PARTS = ("data", "forward", "matching", "backward", "optimiser")
@@ -118,7 +120,9 @@ class TimedTrainer:
         self.trainer = Trainer(config, World(device), len(loader.batch_sampler), tamed_model)
         self.clock = PartClock(self.trainer)
         self.steps: Iterator[dict[str, float]] = self.trainer.train_epoch(loader)
-        self.parts: list[dict[str, float]] = []  # seconds of each part of the steps that were timed so
+        self.parts: list[
+            dict[str, float]
+        ] = []  # seconds of each part of the steps that were timed so
 
     def whole(self) -> int:
         """A step as in `train.py`; returns its number of images."""
@@ -155,7 +159,9 @@ def step_flops(model: nn.Module, dataset: Dataset) -> float:
     return count
 
 
-def measure_training(config: Config, device: torch.device, args: TrainingArgs, rates: dict[str, float]) -> list[Row]:
+def measure_training(
+    config: Config, device: torch.device, args: TrainingArgs, rates: dict[str, float]
+) -> list[Row]:
     """The rows of one batch size; `config` says which, `rates` are of a large matrix product in each of `args.amp`."""
     dataset = make_dataset(config, "train")
     variants: dict[tuple[str, str], TimedTrainer] = {}
@@ -167,8 +173,12 @@ def measure_training(config: Config, device: torch.device, args: TrainingArgs, r
             batches = GroupedBatches(dataset.sizes_hw, config.batch_size, config.seed)
             loader = make_loader(dataset, batches, config.workers, reseeded=True)
             with PeakMemory(device) as memory:
-                variants[key] = TimedTrainer(replace(config, amp=amp, compile=compiled), device, loader)
-                variants[key].whole()  # loads the first pictures, makes the optimiser's state, compiles
+                variants[key] = TimedTrainer(
+                    replace(config, amp=amp, compile=compiled), device, loader
+                )
+                variants[
+                    key
+                ].whole()  # loads the first pictures, makes the optimiser's state, compiles
                 variants[key].whole()
             peak_mb[key] = memory.megabytes
             runs |= {(key, True): variants[key].whole, (key, False): variants[key].in_parts}
@@ -176,8 +186,17 @@ def measure_training(config: Config, device: torch.device, args: TrainingArgs, r
 
     def row(key: tuple[str, str], part: str, seconds: list[float], **figures: float | None) -> Row:
         times_ms = [1000 * value for value in seconds]
-        spread = {"median_ms": statistics.median(times_ms), "min_ms": min(times_ms), "max_ms": max(times_ms)}
-        names = {"batch": config.batch_size, "variant": key[0], "part": part, "dtype": dtype_name(key[1])}
+        spread = {
+            "median_ms": statistics.median(times_ms),
+            "min_ms": min(times_ms),
+            "max_ms": max(times_ms),
+        }
+        names = {
+            "batch": config.batch_size,
+            "variant": key[0],
+            "part": part,
+            "dtype": dtype_name(key[1]),
+        }
         return {**names, **spread, **figures}
 
     turns = take_turns(runs, args.repeats, args.warmup, device)
@@ -185,7 +204,11 @@ def measure_training(config: Config, device: torch.device, args: TrainingArgs, r
     for key, variant in variants.items():
         seconds = [seconds for _, seconds in turns[key, True]]
         median = statistics.median(seconds)
-        speed = {"images_per_second": config.batch_size / median, "gflop": gflop, "peak_mb": peak_mb[key]}
+        speed = {
+            "images_per_second": config.batch_size / median,
+            "gflop": gflop,
+            "peak_mb": peak_mb[key],
+        }
         reached = gflop * 1e9 * config.batch_size / median / rates[key[1]]
         rows.append(row(key, "all", seconds, **speed, of_product_rate=reached))
         timed = variant.parts[args.warmup :]
@@ -198,11 +221,21 @@ def measure_training(config: Config, device: torch.device, args: TrainingArgs, r
 
 def main(argv: Sequence[str]) -> None:
     """The command `training`; a user's mistake raises `UserError`."""
-    args = parse_args(argv, TrainingArgs, "python -m tools.benchmark training", "Speed of training, and of its parts.")
+    args = parse_args(
+        argv,
+        TrainingArgs,
+        "python -m experiments.benchmark training",
+        "Speed of training, and of its parts.",
+    )
     if not args.amp or not args.batch_size:
-        raise UserError("training: --amp and --batch-size name at least one precision (off is float32) and one size")
+        raise UserError(
+            "training: --amp and --batch-size name at least one precision (off is float32) and one size"
+        )
     micro_batch = 1 if args.micro_batch is None else args.micro_batch
-    if min(*args.batch_size, micro_batch, args.repeats, args.warmup) < 1 or min(args.seed, args.workers) < 0:
+    if (
+        min(*args.batch_size, micro_batch, args.repeats, args.warmup) < 1
+        or min(args.seed, args.workers) < 0
+    ):
         raise UserError(
             "training: --batch-size, --micro-batch, --repeats and --warmup are at least 1, --seed and --workers 0"
         )
@@ -231,11 +264,17 @@ def main(argv: Sequence[str]) -> None:
             try:
                 rows += measure_training(config, device, args, rates)
             except torch.OutOfMemoryError:
-                print(f"left out: batch {size}, which does not fit into memory; try --micro-batch", file=sys.stderr)
+                print(
+                    f"left out: batch {size}, which does not fit into memory; try --micro-batch",
+                    file=sys.stderr,
+                )
     if not rows:
         raise UserError("training: no --batch-size fits into memory; try --micro-batch 1")
     used = {"threads": torch.get_num_threads(), "preset": args.preset}
-    used |= {"resolution": f"{args.size}×{round(args.size * 4 / 3)} px", "micro-batch": args.micro_batch or "none"}
+    used |= {
+        "resolution": f"{args.size}×{round(args.size * 4 / 3)} px",
+        "micro-batch": args.micro_batch or "none",
+    }
     used |= {"warm-up": args.warmup, "repeats": args.repeats, "seed": args.seed}
     figures = {f"{dtype_name(amp)}_product_gflop_per_s": rate / 1e9 for amp, rate in rates.items()}
     report(args.output, "training", used, rows, COLUMNS, device, **figures)

@@ -1,4 +1,4 @@
-"""What the commands of `tools.benchmark` share: measuring in turns, the Markdown table, and the line of JSON.
+"""What the commands of `experiments.benchmark` share: measuring in turns, the Markdown table, and the line of JSON.
 
 The variants of a command take turns, on the same input: what else the machine does in the meantime slows them alike.
 Figures are medians of the repeats.
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torchvision
 
-from data import usable_workers
+from support.loader import usable_workers
 
 Row = dict[str, Any]  # one line of a table; a figure that does not exist is None or left out
 Key = TypeVar("Key", bound=Hashable)
@@ -32,7 +32,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def take_turns(
-    variants: Mapping[Key, Callable[[], int]], repeats: int, warmup: int = 1, device: torch.device = CPU
+    variants: Mapping[Key, Callable[[], int]],
+    repeats: int,
+    warmup: int = 1,
+    device: torch.device = CPU,
 ) -> dict[Key, list[tuple[int, float]]]:
     """Runs every variant once in each turn; gives what it returned and its seconds, the warm-up turns left out."""
     turns: dict[Key, list[tuple[int, float]]] = {key: [] for key in variants}
@@ -55,7 +58,9 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self.device, self.megabytes, self._before = device, None, 0
         self.is_cuda = device.type == "cuda"
-        self.is_counted = self.is_cuda or (device.type == "cpu" and Path("/proc/self/clear_refs").exists())
+        self.is_counted = self.is_cuda or (
+            device.type == "cpu" and Path("/proc/self/clear_refs").exists()
+        )
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()  # earlier models, which their hooks keep in circles
@@ -72,7 +77,9 @@ class PeakMemory:
         if self.is_cuda:
             self.megabytes = (torch.cuda.max_memory_allocated(self.device) - self._before) / 1e6
         elif self.is_counted:
-            peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+            peak = re.search(
+                r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+            )
             self.megabytes = int(peak[1]) * 1024 / 1e6
 
 
@@ -94,15 +101,25 @@ def format_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
         return "–" if any(row.get(name) is None for name in names) else template.format(**row)
 
-    rules = ["---:" if ":" in template else "---" for template in columns.values()]  # numbers have a format
+    rules = [
+        "---:" if ":" in template else "---" for template in columns.values()
+    ]  # numbers have a format
     lines = [[cell(template, row) for template in columns.values()] for row in rows]
-    return "\n".join([f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|", *(f"| {' | '.join(x)} |" for x in lines)])
+    return "\n".join(
+        [
+            f"| {' | '.join(columns)} |",
+            f"|{'|'.join(rules)}|",
+            *(f"| {' | '.join(x)} |" for x in lines),
+        ]
+    )
 
 
 def machine(device: torch.device = CPU) -> dict[str, Any]:
     """What a figure depends on: device, cores that this process may use, versions."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux alone has it
-    name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    name = re.search(
+        r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE
+    )
     processor = name[1] if name else platform.processor() or platform.machine()
     return {
         "device": torch.cuda.get_device_name(device)
@@ -127,16 +144,29 @@ def report(
 
     Args:
         output: the file; its folder is made where it is missing.
-        command: the word after `tools.benchmark`.
+        command: the word after `experiments.benchmark`.
         used: what else the figures depend on, such as the resolution.
         rows, columns: see `format_table`.
         device: what was measured.
         figures: single numbers, printed below the table.
     """
     conditions = {**machine(device), **used}
-    print(", ".join(f"{name} {value}" for name, value in conditions.items()) + f"\n\n{format_table(rows, columns)}\n")
-    line = {"command": command, "time": time.strftime("%FT%TZ", time.gmtime()), **conditions, "rows": rows, **figures}
+    print(
+        ", ".join(f"{name} {value}" for name, value in conditions.items())
+        + f"\n\n{format_table(rows, columns)}\n"
+    )
+    line = {
+        "command": command,
+        "time": time.strftime("%FT%TZ", time.gmtime()),
+        **conditions,
+        "rows": rows,
+        **figures,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(*(f"{name}: {value:.2f}" for name, value in figures.items()), f"written: a line of {output}", sep="\n")
+    print(
+        *(f"{name}: {value:.2f}" for name, value in figures.items()),
+        f"written: a line of {output}",
+        sep="\n",
+    )

@@ -1,4 +1,4 @@
-"""The models that `tools.ablate` compares, each named after what it is (slides: Tables 3–8 and 10).
+"""The models that `experiments.ablate` compares, each named after what it is (slides: Tables 3–8 and 10).
 
 A variant is `build_model`'s model with another module in one place: other stages in the head, or other proposal boxes
 to start from. The backbone is built first, so that with one seed all variants start with the same one.
@@ -69,14 +69,18 @@ class StaticStage(Stage):
     """
 
     def __init__(self, config: Config):
-        super().__init__(**stage_options(config), interaction=StaticHead(config.hidden_dim, config.roi_size))
+        super().__init__(
+            **stage_options(config), interaction=StaticHead(config.hidden_dim, config.roi_size)
+        )
         self.self_attn = self.attn_norm = self.interaction_norm = None
 
     def object_feats(self, pro_feats: Tensor, found: Tensor) -> Tensor:
         """pro_feats (B, N, C) of the last stage, found (B, N, C) in the regions -> (B, N, C)."""
         return found
 
-    def forward(self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Stage.forward`, whose last lines these are."""
         found = self.interaction(roi_feats).view_as(pro_feats)  # (B, N, C)
         obj_feats = self.object_feats(pro_feats, found)
@@ -122,9 +126,13 @@ class PositionalStage(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Stage.forward`."""
-        return self.stage(roi_feats, boxes_px, pro_feats + box_encoding(boxes_px.detach(), pro_feats.shape[-1]))
+        return self.stage(
+            roi_feats, boxes_px, pro_feats + box_encoding(boxes_px.detach(), pro_feats.shape[-1])
+        )
 
 
 def box_encoding(boxes_px: Tensor, hidden_dim: int) -> Tensor:
@@ -138,7 +146,9 @@ def box_encoding(boxes_px: Tensor, hidden_dim: int) -> Tensor:
         (…, C) float32, within −1 and 1.
     """
     corners = boxes_px.unflatten(-1, (2, 2))  # (…, 2, 2): upper left and lower right x, y
-    cxcywh_px = torch.cat((corners.mean(-2), corners[..., 1, :] - corners[..., 0, :]), dim=-1)  # (…, 4)
+    cxcywh_px = torch.cat(
+        (corners.mean(-2), corners[..., 1, :] - corners[..., 0, :]), dim=-1
+    )  # (…, 4)
     count = hidden_dim // 8
     rates = 10_000 ** -(torch.arange(count, device=boxes_px.device) / count)  # radians a pixel
     angles = cxcywh_px[..., None] * rates  # (…, 4, C/8)
@@ -147,7 +157,15 @@ def box_encoding(boxes_px: Tensor, hidden_dim: int) -> Tensor:
 
 def stage_options(config: Config) -> dict[str, float]:
     """What every kind of stage is given of the config."""
-    names = ("hidden_dim", "num_classes", "num_heads", "ffn_dim", "dropout", "num_cls_layers", "num_reg_layers")
+    names = (
+        "hidden_dim",
+        "num_classes",
+        "num_heads",
+        "ffn_dim",
+        "dropout",
+        "num_cls_layers",
+        "num_reg_layers",
+    )
     return {name: getattr(config, name) for name in (*names, "prior_prob")}
 
 
@@ -165,7 +183,9 @@ def grid_boxes(num_proposals: int) -> Tensor:
     boxes = []
     for row in range(rows):
         columns = num_proposals // rows + (row < num_proposals % rows)
-        boxes += [((i + 0.5) / columns, (row + 0.5) / rows, 1 / columns, 1 / rows) for i in range(columns)]
+        boxes += [
+            ((i + 0.5) / columns, (row + 0.5) / rows, 1 / columns, 1 / rows) for i in range(columns)
+        ]
     return torch.tensor(boxes)
 
 
@@ -183,7 +203,9 @@ def with_stages(make_stage: Callable[[Config, int], nn.Module]) -> Build:
 
     def build(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
         model = with_boxes(grid_boxes)(config, pretrained_backbone)
-        model.head.stages = nn.ModuleList(make_stage(config, number) for number in range(config.num_stages))
+        model.head.stages = nn.ModuleList(
+            make_stage(config, number) for number in range(config.num_stages)
+        )
         # Static stages have no use for them, and an optimiser should not decay what nothing trains.
         model.proposal_feats.requires_grad_(isinstance(model.head.stages[0], AttentionStage))
         return model
@@ -229,7 +251,9 @@ _STATIC = with_stages(lambda config, number: StaticStage(config))
 VARIANTS: dict[str, Variant] = {
     "sparse": Variant(_STATIC, num_stages=1),
     "cascade": Variant(_STATIC),
-    "reuse": Variant(with_stages(lambda config, number: ReuseStage(config) if number else StaticStage(config))),
+    "reuse": Variant(
+        with_stages(lambda config, number: ReuseStage(config) if number else StaticStage(config))
+    ),
     "attention": Variant(with_stages(lambda config, number: AttentionStage(config))),
     "dynamic": Variant(),  # Sparse R-CNN as it is; it starts from the whole image and has no positional encoding
     "centre": Variant(with_boxes(centre_boxes)),

@@ -19,7 +19,6 @@ import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import Config, UserError, first_line
-from data import CocoDataset, ShapesDataset, make_dataset
+from config import Config
 from model import SparseRCNN, build_model
-from tools.convert import as_checkpoint, convert_checkpoint
+from support.convert import as_checkpoint, convert_checkpoint
+from support.errors import UserError, first_line
 
 _KEYS = ("model", "config", "class_names", "category_ids")
 
@@ -87,12 +86,21 @@ def download(name: str) -> Path:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(partial), hash_prefix=sha256, progress=sys.stderr.isatty())
+        torch.hub.download_url_to_file(
+            url, str(partial), hash_prefix=sha256, progress=sys.stderr.isatty()
+        )
         read_checkpoint(partial)  # a connection lost midway is no error to urllib
-        if zipfile.is_zipfile(partial) and (damaged := zipfile.ZipFile(partial).testzip()):  # torch.load does not check
+        if zipfile.is_zipfile(partial) and (
+            damaged := zipfile.ZipFile(partial).testzip()
+        ):  # torch.load does not check
             raise UserError(f"{damaged} in it is damaged")
         os.replace(partial, path)
-    except (OSError, HTTPException, RuntimeError, UserError) as error:  # RuntimeError: the checksum differs
+    except (
+        OSError,
+        HTTPException,
+        RuntimeError,
+        UserError,
+    ) as error:  # RuntimeError: the checksum differs
         raise UserError(
             f"{name}: {url} could not be downloaded ({first_line(error)}); try again, or put that file at {path}"
         ) from None
@@ -112,7 +120,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; it is a file, or one of {', '.join(PUBLISHED)}") from None
+        raise UserError(
+            f"{path}: no such checkpoint; it is a file, or one of {', '.join(PUBLISHED)}"
+        ) from None
     except pickle.UnpicklingError as error:
         # Not torch's whole message, which advises to load the file without this protection.
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -122,9 +132,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             'run any code. Of a training checkpoint of MMDetection, save its "state_dict" alone'
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({first_line(error)}); replace the file") from None
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint ({first_line(error)}); replace the file"
+        ) from None
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not the dict of a checkpoint")
+        raise UserError(
+            f"{path}: holds a {type(checkpoint).__name__}, not the dict of a checkpoint"
+        )
     return checkpoint
 
 
@@ -137,7 +151,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     missing = [key for key in _KEYS if key not in checkpoint]
     if missing and "config" in checkpoint:
-        raise UserError(f"{path}: not a whole checkpoint of this project, it lacks {', '.join(missing)}")
+        raise UserError(
+            f"{path}: not a whole checkpoint of this project, it lacks {', '.join(missing)}"
+        )
     try:
         return as_checkpoint(checkpoint) if missing else checkpoint
     except UserError as error:
@@ -194,14 +210,21 @@ def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str
     fitting = {
         key: value
         for key, value in theirs.items()
-        if key in own and own[key].shape == value.shape and not (other_classes and ".cls_logits." in key)
+        if key in own
+        and own[key].shape == value.shape
+        and not (other_classes and ".cls_logits." in key)
     }
     if not fitting:
-        raise UserError(f"{path}: not one of its {len(theirs)} tensors fits the model; is it of another --preset?")
+        raise UserError(
+            f"{path}: not one of its {len(theirs)} tensors fits the model; is it of another --preset?"
+        )
     model.load_state_dict(fitting, strict=False)
     lines = [f"{path}: took over {len(fitting)} of the model's {len(own)} tensors"]
     for title, keys in (
-        ("start anew (another shape or other classes)", [key for key in own if key in theirs and key not in fitting]),
+        (
+            "start anew (another shape or other classes)",
+            [key for key in own if key in theirs and key not in fitting],
+        ),
         ("start anew (not in the file)", [key for key in own if key not in theirs]),
         ("left over in the file", [key for key in theirs if key not in own]),
     ):
@@ -210,7 +233,9 @@ def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str
     return lines
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[SparseRCNN, dict[str, Any]]:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[SparseRCNN, dict[str, Any]]:
     """The model of a checkpoint in eval mode on the device, and the checkpoint, its weights taken out.
 
     Raises:
@@ -221,16 +246,3 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Sp
     model = build_model(config, pretrained_backbone=False)
     load_strictly(model, checkpoint.pop("model"), path)
     return model.to(device).eval(), checkpoint
-
-
-def validation_set(checkpoint: dict[str, Any], **overrides: Any) -> CocoDataset | ShapesDataset:
-    """What a checkpoint of `load_model` is evaluated on; `overrides` that are not None replace its config's fields.
-
-    Raises:
-        UserError: as `make_dataset`, or there is nothing to evaluate on.
-    """
-    config = replace(checkpoint["config"], **{name: value for name, value in overrides.items() if value is not None})
-    dataset = make_dataset(config, "val", class_names=checkpoint["class_names"])
-    if dataset is None:
-        raise UserError("the checkpoint names no validation data; give --val-json and --val-images")
-    return dataset

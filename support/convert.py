@@ -6,18 +6,16 @@ tables below are also the dictionary between three vocabularies.
 """
 
 import re
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
-from config import Config, UserError, parse_args, run_main
+from config import Config
 from model import build_model
+from support.errors import UserError
 
 _STAGE = r"head\.head_series\.(\d+)\."
 _AUTHORS = [
@@ -25,10 +23,22 @@ _AUTHORS = [
     (r"init_proposal_features\.weight", r"proposal_feats"),
     (r"backbone\.bottom_up\.stem\.conv1\.norm\.(.+)", r"backbone.body.bn1.\1"),
     (r"backbone\.bottom_up\.stem\.conv1\.(.+)", r"backbone.body.conv1.\1"),
-    (r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.norm\.(.+)", r"backbone.body.layer{level}.\2.downsample.1.\3"),
-    (r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.(.+)", r"backbone.body.layer{level}.\2.downsample.0.\3"),
-    (r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)", r"backbone.body.layer{level}.\2.bn\3.\4"),
-    (r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.(.+)", r"backbone.body.layer{level}.\2.conv\3.\4"),
+    (
+        r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.norm\.(.+)",
+        r"backbone.body.layer{level}.\2.downsample.1.\3",
+    ),
+    (
+        r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.(.+)",
+        r"backbone.body.layer{level}.\2.downsample.0.\3",
+    ),
+    (
+        r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)",
+        r"backbone.body.layer{level}.\2.bn\3.\4",
+    ),
+    (
+        r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.(.+)",
+        r"backbone.body.layer{level}.\2.conv\3.\4",
+    ),
     (r"backbone\.fpn_lateral(\d)\.(.+)", r"backbone.fpn.inner_blocks.{pyramid}.0.\2"),
     (r"backbone\.fpn_output(\d)\.(.+)", r"backbone.fpn.layer_blocks.{pyramid}.0.\2"),
     (_STAGE + r"self_attn\.(.+)", r"head.stages.\1.self_attn.\2"),
@@ -73,17 +83,98 @@ _RULES = [(re.compile(pattern), ours) for pattern, ours in _AUTHORS + _MMDET]
 
 # COCO's 80 classes by their category ids, which leave out ten of 1 … 90.
 COCO_CLASSES = {
-    **{1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck"},
-    **{9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench"},
-    **{16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear"},
-    **{24: "zebra", 25: "giraffe", 27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase"},
-    **{34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat"},
+    **{
+        1: "person",
+        2: "bicycle",
+        3: "car",
+        4: "motorcycle",
+        5: "airplane",
+        6: "bus",
+        7: "train",
+        8: "truck",
+    },
+    **{
+        9: "boat",
+        10: "traffic light",
+        11: "fire hydrant",
+        13: "stop sign",
+        14: "parking meter",
+        15: "bench",
+    },
+    **{
+        16: "bird",
+        17: "cat",
+        18: "dog",
+        19: "horse",
+        20: "sheep",
+        21: "cow",
+        22: "elephant",
+        23: "bear",
+    },
+    **{
+        24: "zebra",
+        25: "giraffe",
+        27: "backpack",
+        28: "umbrella",
+        31: "handbag",
+        32: "tie",
+        33: "suitcase",
+    },
+    **{
+        34: "frisbee",
+        35: "skis",
+        36: "snowboard",
+        37: "sports ball",
+        38: "kite",
+        39: "baseball bat",
+    },
     **{40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle"},
-    **{46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple"},
-    **{54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza", 60: "donut"},
-    **{61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet"},
-    **{72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard", 77: "cell phone", 78: "microwave"},
-    **{79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book", 85: "clock", 86: "vase"},
+    **{
+        46: "wine glass",
+        47: "cup",
+        48: "fork",
+        49: "knife",
+        50: "spoon",
+        51: "bowl",
+        52: "banana",
+        53: "apple",
+    },
+    **{
+        54: "sandwich",
+        55: "orange",
+        56: "broccoli",
+        57: "carrot",
+        58: "hot dog",
+        59: "pizza",
+        60: "donut",
+    },
+    **{
+        61: "cake",
+        62: "chair",
+        63: "couch",
+        64: "potted plant",
+        65: "bed",
+        67: "dining table",
+        70: "toilet",
+    },
+    **{
+        72: "tv",
+        73: "laptop",
+        74: "mouse",
+        75: "remote",
+        76: "keyboard",
+        77: "cell phone",
+        78: "microwave",
+    },
+    **{
+        79: "oven",
+        80: "toaster",
+        81: "sink",
+        82: "refrigerator",
+        84: "book",
+        85: "clock",
+        86: "vase",
+    },
     **{87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush"},
 }
 
@@ -114,7 +205,11 @@ def convert_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
     # Frozen norms do not count batches; DistributedDataParallel puts "module." before every name.
-    keys = {key: key.removeprefix("module.") for key in state_dict if not key.endswith("num_batches_tracked")}
+    keys = {
+        key: key.removeprefix("module.")
+        for key in state_dict
+        if not key.endswith("num_batches_tracked")
+    }
     renamed = {key: rename(plain) for key, plain in keys.items()}
     if unknown := [key for key, ours in renamed.items() if ours is None]:
         raise UserError(
@@ -127,14 +222,18 @@ def convert_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
         wanted = build_model(config_from(converted), pretrained_backbone=False).state_dict()
     if missing := sorted(set(wanted) - set(converted)):
-        raise UserError(f"convert: {len(missing)} tensors are missing, in our names: {', '.join(missing[:10])}")
+        raise UserError(
+            f"convert: {len(missing)} tensors are missing, in our names: {', '.join(missing[:10])}"
+        )
     wrong = [
         f"{k} {list(converted[k].shape)}, not {list(v.shape)}"
         for k, v in wanted.items()
         if converted[k].shape != v.shape
     ]
     if wrong:
-        raise UserError(f"convert: {len(wrong)} tensors have another shape: {', '.join(wrong[:10])}")
+        raise UserError(
+            f"convert: {len(wrong)} tensors have another shape: {', '.join(wrong[:10])}"
+        )
     return converted
 
 
@@ -146,7 +245,13 @@ def config_from(state_dict: Mapping[str, Tensor]) -> Config:
     """
     depths = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (2, 2, 2, 2): "resnet18"}
     blocks = tuple(
-        len({key.split(".")[3] for key in state_dict if key.startswith(f"backbone.body.layer{layer}.")})
+        len(
+            {
+                key.split(".")[3]
+                for key in state_dict
+                if key.startswith(f"backbone.body.layer{layer}.")
+            }
+        )
         for layer in (1, 2, 3, 4)
     )
     stages = {key.split(".")[2] for key in state_dict if key.startswith("head.stages.")}
@@ -157,9 +262,13 @@ def config_from(state_dict: Mapping[str, Tensor]) -> Config:
         backbone, ffn_dim = depths[blocks], len(state_dict["head.stages.0.ffn.0.weight"])
         num_classes = len(state_dict["head.stages.0.cls_logits.weight"])
     except KeyError as error:
-        raise UserError(f"convert: this is no Sparse R-CNN on a ResNet-18, 50 or 101: {error} was looked for") from None
+        raise UserError(
+            f"convert: this is no Sparse R-CNN on a ResNet-18, 50 or 101: {error} was looked for"
+        ) from None
     is_linear = [
-        key for key in state_dict if re.fullmatch(r"head\.stages\.0\.(cls|reg)_layers\.\d*[0369]\.weight", key)
+        key
+        for key in state_dict
+        if re.fullmatch(r"head\.stages\.0\.(cls|reg)_layers\.\d*[0369]\.weight", key)
     ]
     config = Config(
         backbone=backbone,
@@ -170,8 +279,12 @@ def config_from(state_dict: Mapping[str, Tensor]) -> Config:
         dynamic_dim=generated // (2 * hidden_dim),
         ffn_dim=ffn_dim,
         roi_size=round((flattened / hidden_dim) ** 0.5),
-        num_cls_layers=sum(".cls_layers." in key and state_dict[key].dim() == 2 for key in is_linear),
-        num_reg_layers=sum(".reg_layers." in key and state_dict[key].dim() == 2 for key in is_linear),
+        num_cls_layers=sum(
+            ".cls_layers." in key and state_dict[key].dim() == 2 for key in is_linear
+        ),
+        num_reg_layers=sum(
+            ".reg_layers." in key and state_dict[key].dim() == 2 for key in is_linear
+        ),
     )
     is_r101 = config.backbone == "resnet101"
     preset = f"{'r101' if is_r101 else 'r50'}-{300 if num_proposals == 300 else 100}"
@@ -190,37 +303,8 @@ def as_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": model,
         "config": config.to_dict(),
-        "class_names": list(COCO_CLASSES.values()) if is_coco else [f"class {i}" for i in range(config.num_classes)],
+        "class_names": list(COCO_CLASSES.values())
+        if is_coco
+        else [f"class {i}" for i in range(config.num_classes)],
         "category_ids": list(COCO_CLASSES) if is_coco else list(range(config.num_classes)),
     }
-
-
-@dataclass(frozen=True)
-class ConvertArgs:
-    source: tyro.conf.Positional[Path]  # checkpoint of the authors' code, of MMDetection or of ours
-    output: tyro.conf.Positional[Path]  # file to write
-    half: bool = False  # store floats in float16: half the size; they are loaded into float32 again
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake raises `UserError`."""
-    from checkpoint import load_checkpoint, save_checkpoint  # here, because checkpoint.py uses `as_checkpoint`
-
-    args = parse_args(argv, ConvertArgs, "python -m tools.convert", __doc__.split("\n\n")[0])
-    checkpoint = load_checkpoint(args.source)
-    model, config, names = checkpoint["model"], Config.from_dict(checkpoint["config"]), checkpoint["class_names"]
-    if args.half:
-        model = {key: value.half() if value.is_floating_point() else value for key, value in model.items()}
-        if large := [key for key, value in model.items() if not value.isfinite().all()]:
-            raise UserError(f"{args.source}: not finite in float16: {', '.join(large[:6])}; leave out --half")
-    kept = {"config": config.to_dict(), "class_names": list(names), "category_ids": list(checkpoint["category_ids"])}
-    save_checkpoint(args.output, {"model": model, **kept})
-    print(
-        f"{args.output}: {config.backbone}, {config.num_proposals} proposals, {config.num_stages} stages, {len(names)} "
-        f"classes{' (COCO)' if list(names) == list(COCO_CLASSES.values()) else ''}, {len(model)} tensors, "
-        f"{args.output.stat().st_size / 1e6:.1f} MB"
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main, "tools.convert"))

@@ -18,16 +18,20 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import PRESETS, Config, UserError
-from distributed import World
-from visualize import plot_curves
+from config import PRESETS, Config
+from support.distributed import World
+from support.errors import UserError
+from support.plots import plot_curves
 
 KINDS = ("cls", "l1", "giou")
 
 
 def with_sums(losses: dict[str, float]) -> dict[str, float]:
     """The losses of all stages, `loss_cls`, `loss_l1`, `loss_giou` summed over stages, and `loss`, the sum of all."""
-    kinds = {f"loss_{k}": sum(v for name, v in losses.items() if name.startswith(f"loss_{k}_")) for k in KINDS}
+    kinds = {
+        f"loss_{k}": sum(v for name, v in losses.items() if name.startswith(f"loss_{k}_"))
+        for k in KINDS
+    }
     return {"loss": sum(kinds.values()), **kinds, **losses}
 
 
@@ -36,28 +40,40 @@ def git_revision() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         folder = Path(__file__).parent
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def print_summary(
-    config: Config, here: World, model: nn.Module, train_set: Dataset, val_set: Dataset | None, notes: list[str]
+    config: Config,
+    here: World,
+    model: nn.Module,
+    train_set: Dataset,
+    val_set: Dataset | None,
+    notes: list[str],
 ) -> None:
     """What is about to run, and every setting that differs from `r50-100`'s."""
     is_gpu = here.device.type == "cuda"
     name = (
-        torch.cuda.get_device_name(here.device) if is_gpu else f"{here.device.type} ({torch.get_num_threads()} threads)"
+        torch.cuda.get_device_name(here.device)
+        if is_gpu
+        else f"{here.device.type} ({torch.get_num_threads()} threads)"
     )
     sizes = {
-        flag: sum(p.numel() for p in model.parameters() if p.requires_grad == flag) / 1e6 for flag in (True, False)
+        flag: sum(p.numel() for p in model.parameters() if p.requires_grad == flag) / 1e6
+        for flag in (True, False)
     }
     per_process = config.batch_size // here.size
     at_a_time = min(config.micro_batch or per_process, per_process)
     recipe, own = PRESETS["r50-100"].to_dict(), config.to_dict()
     paths = ("train_json", "train_images", "val_json", "val_images")
     changed = [
-        f"{f.name}={own[f.name]}" for f in fields(config) if own[f.name] != recipe[f.name] and f.name not in paths
+        f"{f.name}={own[f.name]}"
+        for f in fields(config)
+        if own[f.name] != recipe[f.name] and f.name not in paths
     ]
     print(
         f"versions      python {platform.python_version()}, torch {torch.__version__}, torchvision "
@@ -90,7 +106,9 @@ def prepare_output(folder: Path, resume: str | None) -> None:
     probe.unlink()
     goes_on = resume is not None and Path(resume).resolve().parent == folder.resolve()
     if (folder / "last.pt").exists() and not goes_on:
-        raise UserError(f"{folder} holds another run (last.pt): go on with --resume auto, or give another --output")
+        raise UserError(
+            f"{folder} holds another run (last.pt): go on with --resume auto, or give another --output"
+        )
 
 
 def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
@@ -140,7 +158,9 @@ class Report:
         if self.is_main:
             print(text, flush=True)
 
-    def progress(self, steps: Iterable[dict[str, float]], trainer: Any) -> Iterator[dict[str, float]]:
+    def progress(
+        self, steps: Iterable[dict[str, float]], trainer: Any
+    ) -> Iterator[dict[str, float]]:
         """Passes the steps on and shows them: losses, rate, time left, images/s, memory. No bar without a terminal."""
         bar = tqdm(
             total=trainer.steps_per_epoch,
@@ -151,7 +171,11 @@ class Report:
         )
         for values in steps:
             bar.update()
-            shown = {k: f"{values[k]:.3g}" for k in ("loss", *(f"loss_{k}" for k in KINDS)) if k in values}
+            shown = {
+                k: f"{values[k]:.3g}"
+                for k in ("loss", *(f"loss_{k}" for k in KINDS))
+                if k in values
+            }
             shown["lr"] = f"{trainer.optimizer.param_groups[0]['lr']:.2g}"
             shown["img/s"] = f"{values['images'] / values['seconds']:.1f}"
             if trainer.here.device.type == "cuda":
@@ -169,7 +193,9 @@ class Report:
             return
         sums = dict(trainer.sums)
         steps, bad = sums.pop("steps", 0.0), sums.pop("bad_steps", 0.0)
-        images, seconds, waited = (sums.pop(name, 0.0) for name in ("images", "seconds", "data_seconds"))
+        images, seconds, waited = (
+            sums.pop(name, 0.0) for name in ("images", "seconds", "data_seconds")
+        )
         line = {
             "epoch": trainer.epoch,
             "step": trainer.step,

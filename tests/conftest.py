@@ -53,10 +53,14 @@ def tiny_flags() -> list[str]:
     return flags
 
 
-def objects(count: int, num_classes: int, width: float, height: float, seed: int = 0) -> dict[str, torch.Tensor]:
+def objects(
+    count: int, num_classes: int, width: float, height: float, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """A target with `count` random objects in an image of width × height pixels."""
     generator = torch.Generator().manual_seed(seed)
-    corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([width - 8, height - 8])
+    corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * torch.tensor(
+        [width - 8, height - 8]
+    )
     corners[:, 1] += 8  # at least 8 pixels a side
     return {
         "boxes": corners.flatten(1).float(),
@@ -108,7 +112,9 @@ def make_coco(tmp_path: Path) -> CocoFactory:
                     }
                 )
             Image.fromarray(pixels).save(folder / f"{image_id}.jpg", quality=95)
-            coco["images"].append({"id": image_id, "file_name": f"{image_id}.jpg", "width": width, "height": height})
+            coco["images"].append(
+                {"id": image_id, "file_name": f"{image_id}.jpg", "width": width, "height": height}
+            )
         edit(coco)
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(coco))

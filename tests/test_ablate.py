@@ -15,11 +15,8 @@ from conftest import TINY, objects
 from torchvision.ops import box_convert, box_iou
 
 import train
-from config import UserError
-from distributed import World
-from head import DynamicInteraction, Stage
-from tools import ablate
-from tools.variants import (
+from experiments import ablate
+from experiments.variants import (
     VARIANTS,
     AttentionStage,
     PositionalStage,
@@ -32,11 +29,24 @@ from tools.variants import (
     shared_name,
     stage_options,
 )
+from head import DynamicInteraction, Stage
+from support.distributed import World
+from support.errors import UserError
 from train import Trainer
 
 B, N, C, R, K = 2, 5, TINY.hidden_dim, TINY.roi_size, TINY.num_classes
 # One of each kind; the numbers of proposals and stages are settings of the plain model.
-KINDS = ("sparse", "cascade", "reuse", "attention", "dynamic", "centre", "grid", "random", "positions")
+KINDS = (
+    "sparse",
+    "cascade",
+    "reuse",
+    "attention",
+    "dynamic",
+    "centre",
+    "grid",
+    "random",
+    "positions",
+)
 
 
 def stage_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,7 +90,9 @@ def test_only_the_dynamic_rows_generate_parameters_and_only_they_and_attention_a
     assert len(VARIANTS["sparse"].build(VARIANTS["sparse"].config(TINY), False).head.stages) == 1
 
 
-@pytest.mark.parametrize("stage_class, seen", [(StaticStage, []), (ReuseStage, [1]), (AttentionStage, [*range(N)])])
+@pytest.mark.parametrize(
+    "stage_class, seen", [(StaticStage, []), (ReuseStage, [1]), (AttentionStage, [*range(N)])]
+)
 def test_whom_a_proposals_feature_reaches(stage_class, seen):
     stage = stage_class(TINY)
     roi_feats, boxes_px, pro_feats = stage_inputs()
@@ -94,8 +106,12 @@ def test_whom_a_proposals_feature_reaches(stage_class, seen):
         assert not differs[1].any()  # the other image
 
 
-@pytest.mark.parametrize("name, reuses", [("cascade", False), ("reuse", True), ("attention", True), ("dynamic", True)])
-def test_without_feature_reuse_a_stage_does_not_depend_on_the_features_of_the_one_before(name, reuses):
+@pytest.mark.parametrize(
+    "name, reuses", [("cascade", False), ("reuse", True), ("attention", True), ("dynamic", True)]
+)
+def test_without_feature_reuse_a_stage_does_not_depend_on_the_features_of_the_one_before(
+    name, reuses
+):
     model = VARIANTS[name].build(TINY, False).eval()
     images = [torch.rand(3, 64, 64)]
     with torch.no_grad():
@@ -125,7 +141,9 @@ def test_static_stage_is_two_linear_layers_on_the_flattened_region():
     first, second = layers[1], layers[3]
     assert (first.in_features, first.out_features) == (R * R * C, 4 * C)
     hidden = (roi_feats.reshape(B * N, -1) @ first.weight.T + first.bias).clamp(min=0)
-    found = torch.nn.functional.layer_norm(hidden @ second.weight.T + second.bias, (C,)).clamp(min=0)
+    found = torch.nn.functional.layer_norm(hidden @ second.weight.T + second.bias, (C,)).clamp(
+        min=0
+    )
     torch.testing.assert_close(stage.interaction(roi_feats), found)
     expected = stage.ffn_norm(found + stage.ffn(found)).view(B, N, C)
     torch.testing.assert_close(stage(roi_feats, boxes_px, pro_feats)[2], expected)
@@ -135,7 +153,9 @@ def test_variants_start_with_the_same_backbone_for_a_seed():
     weights = []
     for name in KINDS:
         torch.manual_seed(3)
-        weights.append(VARIANTS[name].build(VARIANTS[name].config(TINY), False).backbone.state_dict())
+        weights.append(
+            VARIANTS[name].build(VARIANTS[name].config(TINY), False).backbone.state_dict()
+        )
     for other in weights[1:]:
         assert all(torch.equal(value, other[key]) for key, value in weights[0].items())
 
@@ -148,8 +168,13 @@ def test_all_rows_of_the_tables_with_static_stages_start_from_the_grid(number):
 
 
 def test_proposal_boxes_start_where_table_6_says():
-    start = {name: VARIANTS[name].build(TINY, False).proposal_boxes for name in ("centre", "dynamic", "grid", "random")}
-    assert all(boxes.requires_grad and boxes.shape == (TINY.num_proposals, 4) for boxes in start.values())
+    start = {
+        name: VARIANTS[name].build(TINY, False).proposal_boxes
+        for name in ("centre", "dynamic", "grid", "random")
+    }
+    assert all(
+        boxes.requires_grad and boxes.shape == (TINY.num_proposals, 4) for boxes in start.values()
+    )
     assert torch.equal(start["centre"], torch.tensor([[0.5, 0.5, 0.1, 0.1]] * TINY.num_proposals))
     assert torch.equal(start["centre"], centre_boxes(TINY.num_proposals))
     assert torch.equal(start["dynamic"], torch.tensor([[0.5, 0.5, 1.0, 1.0]] * TINY.num_proposals))
@@ -174,7 +199,9 @@ def test_random_boxes_are_gaussian_and_have_an_area():
     assert boxes.min() >= 0 and boxes.max() <= 1 and boxes[:, 2:].min() >= 0.05
     inside = boxes[((boxes > 0.05) & (boxes < 1)).all(-1)]
     assert boxes.mean(0).tolist() == pytest.approx([0.5] * 4, abs=0.01)
-    assert (inside < 0.3).float().mean().item() == pytest.approx(0.153, abs=0.01)  # Φ(−1) of what is not clamped
+    assert (inside < 0.3).float().mean().item() == pytest.approx(
+        0.153, abs=0.01
+    )  # Φ(−1) of what is not clamped
 
 
 def test_box_encoding_is_the_formula():
@@ -193,9 +220,13 @@ def test_positional_encoding_tells_a_stage_where_its_proposals_are():
     with_positions = PositionalStage(stage)
     roi_feats, boxes_px, pro_feats = stage_inputs()
     moved = boxes_px + 10
-    assert torch.equal(stage(roi_feats, boxes_px, pro_feats)[0], stage(roi_feats, moved, pro_feats)[0])
+    assert torch.equal(
+        stage(roi_feats, boxes_px, pro_feats)[0], stage(roi_feats, moved, pro_feats)[0]
+    )
     assert not torch.allclose(
-        with_positions(roi_feats, boxes_px, pro_feats)[0], with_positions(roi_feats, moved, pro_feats)[0], atol=1e-3
+        with_positions(roi_feats, boxes_px, pro_feats)[0],
+        with_positions(roi_feats, moved, pro_feats)[0],
+        atol=1e-3,
     )
     boxes_px.requires_grad_(True)
     with_positions(roi_feats, boxes_px, pro_feats)[0].sum().backward()
@@ -240,7 +271,7 @@ def command(tiny_flags, tmp_path_factory) -> tuple[Path, list[str], str]:
     folder = tmp_path_factory.mktemp("ablate")
     flags = [*tiny_flags, "--output", str(folder / "out"), "--runs", str(folder / "runs")]
     done = subprocess.run(
-        [sys.executable, "-m", "tools.ablate", "10", *flags],
+        [sys.executable, "-m", "experiments.ablate", "10", *flags],
         capture_output=True,
         text=True,
         cwd=Path(ablate.__file__).parent.parent,
@@ -262,7 +293,9 @@ def test_command_writes_the_table_beside_the_papers(command):
     rows = json.loads((folder / "out/table10.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["positions", "dynamic"]
     for row in rows:
-        last = json.loads((folder / f"runs/{row['variant']}-seed0/metrics.jsonl").read_text().splitlines()[-1])
+        last = json.loads(
+            (folder / f"runs/{row['variant']}-seed0/metrics.jsonl").read_text().splitlines()[-1]
+        )
         # Norms are folded and pictures go one at a time in the second evaluation: the same but for rounding.
         assert row["AP"] == pytest.approx(100 * last["AP"], abs=0.01)
         assert row["results"][0]["steps"] == last["step"] == 2
@@ -275,7 +308,10 @@ def test_finished_runs_are_not_trained_again_and_serve_other_tables(command, mon
     assert ablate.main(["10", *flags]) == 0
     args = ablate.read_args(["6", *flags])
     text = ablate.write_tables(args, ["6"])[0]
-    assert "| centre | 41.5 | 59.6 | 45.0 | 25.6 | 43.9 | 56.1 | – | – | – | – | – | – | – | 0 |" in text
+    assert (
+        "| centre | 41.5 | 59.6 | 45.0 | 25.6 | 43.9 | 56.1 | – | – | – | – | – | – | – | 0 |"
+        in text
+    )
     dynamic = next(line for line in text.splitlines() if line.startswith("| image |"))
     assert dynamic.endswith("| 1 |")
     with pytest.raises(AssertionError, match="trains again"):
@@ -298,9 +334,20 @@ def test_other_settings_start_anew_and_keep_the_old_run(command, tmp_path, capsy
     assert json.loads((run.parent / "positions-seed0.old1/result.json").read_text())["steps"] == 2
     assert "positions-seed0.old1" in capsys.readouterr().out
     slower = ablate.read_args(
-        ["10", *flags, "--runs", str(run.parent), "--shapes-train", "4", "--checkpoint-minutes", "1"]
+        [
+            "10",
+            *flags,
+            "--runs",
+            str(run.parent),
+            "--shapes-train",
+            "4",
+            "--checkpoint-minutes",
+            "1",
+        ]
     )
-    assert ablate.read_result(slower, "positions", 0) is not None  # what does not change the training does not count
+    assert (
+        ablate.read_result(slower, "positions", 0) is not None
+    )  # what does not change the training does not count
 
 
 def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(command, tmp_path, monkeypatch, capsys):
@@ -348,7 +395,15 @@ def test_runs_of_another_process_are_passed_over(command, tmp_path, monkeypatch,
 
 
 def test_seeds_are_averaged():
-    result = {"AP50": 0.5, "AP75": -1.0, "APs": 0.1, "APm": 0.2, "APl": -1.0, "FPS": 10.0, "time": 2.0}
+    result = {
+        "AP50": 0.5,
+        "AP75": -1.0,
+        "APs": 0.1,
+        "APm": 0.2,
+        "APl": -1.0,
+        "FPS": 10.0,
+        "time": 2.0,
+    }
     results = [{**result, "AP": ap, "parameters": 7} for ap in (0.30, 0.34, 0.35)]
     found = ablate.summary(results)
     assert (found["AP"], found["spread"]) == (pytest.approx(33), pytest.approx(2.5))

@@ -42,7 +42,9 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 def serve(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """torchvision's table of weights, with another address."""
-    weights = SimpleNamespace(url=url, get_state_dict=lambda **options: load_state_dict_from_url(url, **options))
+    weights = SimpleNamespace(
+        url=url, get_state_dict=lambda **options: load_state_dict_from_url(url, **options)
+    )
     monkeypatch.setattr(backbone, "get_model_weights", lambda name: {"IMAGENET1K_V1": weights})
 
 
@@ -59,7 +61,9 @@ def test_frozen_norms_are_torchvisions_and_keep_half_precision() -> None:
     for norm in (ours, theirs):
         torch.manual_seed(1)
         for name, value in norm.named_buffers():
-            value.copy_(torch.rand(5) + 0.5 if name in ("weight", "running_var") else torch.randn(5))
+            value.copy_(
+                torch.rand(5) + 0.5 if name in ("weight", "running_var") else torch.randn(5)
+            )
     x = torch.randn(2, 5, 3, 4, requires_grad=True)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
         found, expected = ours(x.to(dtype)), theirs(x.to(dtype))
@@ -79,7 +83,9 @@ def test_under_autocast_nothing_between_two_convolutions_is_float32() -> None:
     assert len(seen) == 27 and set(seen) == {torch.bfloat16}
 
 
-def test_a_file_in_the_cache_is_used_without_a_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_the_cache_is_used_without_a_network(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise AssertionError("the network was asked")
 
@@ -110,7 +116,9 @@ def test_weights_are_downloaded_and_a_wrong_checksum_is_refused(
         ResNetFPN("resnet18")
 
 
-def test_what_cannot_be_loaded_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_loaded_says_what_to_do(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve(monkeypatch, "http://127.0.0.1:9/resnet18-f37072fd.pth")  # nobody listens there
     for contents in (None, b"", b"no weights", b"PK\x03\x04 cut off"):
         if contents is not None:

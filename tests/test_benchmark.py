@@ -1,4 +1,4 @@
-"""tools/benchmark.py, its command `data`, and what loading promises."""
+"""experiments/benchmark.py, its command `data`, and what loading promises."""
 
 import gc
 import json
@@ -16,21 +16,26 @@ import pytest
 import torch
 from conftest import CocoFactory
 
-import tools.measure
-from config import Config, run_main
+import experiments.measure
+from config import Config
 from data import CocoDataset, make_dataset
-from distributed import Reseeded
-from tools import benchmark
-from tools.benchmark import main
-from tools.benchmark_data import COLUMNS, PilDataset, make_pictures, measure
-from tools.measure import format_table
+from experiments import benchmark
+from experiments.benchmark import main
+from experiments.benchmark_data import COLUMNS, PilDataset, make_pictures, measure
+from experiments.measure import format_table
+from support.cli import run_main
+from support.loader import Reseeded
 
 SMAPS = Path("/proc/self/smaps_rollup")
 
 
 def printed_rows(text: str) -> list[list[str]]:
     """The cells of the table's lines below its head."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"][2:]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ][2:]
 
 
 def test_what_is_printed_is_what_is_written(
@@ -59,7 +64,13 @@ def test_what_is_printed_is_what_is_written(
         assert line["command"] == "data" and line["repeats"] == 2 and line["images"] == 3 - number
         size = "64×48" if number else "640×480"
         head = text.splitlines()[0]
-        for part in (line["device"], f"cores {line['cores']}", torch.__version__, f"{size} px", "480-800/1333"):
+        for part in (
+            line["device"],
+            f"cores {line['cores']}",
+            torch.__version__,
+            f"{size} px",
+            "480-800/1333",
+        ):
             assert part in head
     assert torch.get_num_threads() == threads
 
@@ -74,7 +85,7 @@ def test_rates_are_medians_of_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPa
         return count
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(tools.measure, "synchronize", lambda device: order.append("sync"))
+    monkeypatch.setattr(experiments.measure, "synchronize", lambda device: order.append("sync"))
     rows = measure({("a", 0): lambda: run("a", 8), ("b", 2): lambda: run("b", 16)}, repeats=3)
     # The device is waited for on both sides of every run.
     assert order == ["sync", "a", "sync", "sync", "b", "sync"] * 4
@@ -96,10 +107,19 @@ def test_ours_and_pil_do_the_same_work(tmp_path: Path) -> None:
         difference = (image.short() - picture.short()).abs()
         assert difference.max() <= 1 and difference.float().mean() < 0.1
         assert torch.equal(target["boxes"], other["boxes"]) and len(target["boxes"]) > 0
-        assert torch.equal(target["labels"], other["labels"]) and target["image_id"] == other["image_id"]
+        assert (
+            torch.equal(target["labels"], other["labels"])
+            and target["image_id"] == other["image_id"]
+        )
         shapes.add(image.shape)
         flips.add(
-            bool((target["boxes"][0, 0] - dataset.target(seed % 3)["boxes"][0, 0] * image.shape[2] / 640).abs() > 1)
+            bool(
+                (
+                    target["boxes"][0, 0]
+                    - dataset.target(seed % 3)["boxes"][0, 0] * image.shape[2] / 640
+                ).abs()
+                > 1
+            )
         )
     assert flips == {False, True} and len(shapes) > 2  # otherwise the seeds show nothing
 
@@ -128,49 +148,61 @@ def test_pictures_are_repeatable_and_as_large_as_photographs(tmp_path: Path) -> 
         (["data", "--images", "three"], "three"),
     ],
 )
-def test_mistakes_exit_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_exit_with_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     check_refused(argv, message, capsys)
 
 
 def check_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The command line says what is wrong, on standard error, and exits with 2."""
     try:
-        status = run_main(lambda: main(argv), "tools.benchmark")
+        status = run_main(lambda: main(argv), "experiments.benchmark")
     except SystemExit as stop:  # tyro has printed it
         status = stop.code
     printed = capsys.readouterr()
-    assert status == 2 and message in printed.err and "Traceback" not in printed.err and printed.out == ""
+    assert (
+        status == 2
+        and message in printed.err
+        and "Traceback" not in printed.err
+        and printed.out == ""
+    )
 
 
 def test_the_module_exits_with_2_and_explains_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "tools.benchmark")  # as `python -m` finds it
+    monkeypatch.delitem(sys.modules, "experiments.benchmark")  # as `python -m` finds it
     for words, status in (([], 2), (["--help"], 0)):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
         with pytest.raises(SystemExit) as stop:
-            runpy.run_module("tools.benchmark", run_name="__main__")
+            runpy.run_module("experiments.benchmark", run_name="__main__")
         printed = capsys.readouterr()
         assert stop.value.code == status
         if words:
             assert benchmark.__doc__ in printed.out and printed.err == ""
         else:
             assert printed.out == "" and printed.err.count("\n") == 1
-            assert printed.err.startswith("tools.benchmark: no command given")
+            assert printed.err.startswith("experiments.benchmark: no command given")
 
 
 def test_a_command_loads_only_what_it_needs() -> None:
     code = """
 import sys
-from tools.benchmark import main
+from experiments.benchmark import main
 try:
     main(["data", "--help"])
 except SystemExit:
     print(*sorted(name for name in sys.modules if name.startswith("tools.")))
 """
     root = Path(benchmark.__file__).parents[1]
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert run.stdout.splitlines()[-1] == "tools.benchmark tools.benchmark_data tools.measure"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert (
+        run.stdout.splitlines()[-1]
+        == "experiments.benchmark experiments.benchmark_data experiments.measure"
+    )
 
 
 # --- memory of loading processes ---
@@ -202,16 +234,28 @@ def growth_in_a_fork(read: Callable[[], None]) -> int:
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="the kernel does not tell private memory")
-def test_a_worker_does_not_copy_the_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_does_not_copy_the_annotations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     num_images, num_boxes = 20_000, 150_000
-    owners, boxes = rng.integers(num_images, size=num_boxes).tolist(), rng.uniform(1, 200, (num_boxes, 4)).tolist()
-    images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 640, "height": 480} for i in range(num_images)]
+    owners, boxes = (
+        rng.integers(num_images, size=num_boxes).tolist(),
+        rng.uniform(1, 200, (num_boxes, 4)).tolist(),
+    )
+    images = [
+        {"id": i, "file_name": f"{i:012d}.jpg", "width": 640, "height": 480}
+        for i in range(num_images)
+    ]
     annotations = [
         {"id": i, "image_id": owner, "category_id": 1, "bbox": box}
         for i, (owner, box) in enumerate(zip(owners, boxes, strict=True))
     ]
-    coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
+    coco = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "object"}],
+    }
     (tmp_path / "labels.json").write_text(json.dumps(coco))
     monkeypatch.setattr(os.path, "isfile", lambda path: True)
     dataset = CocoDataset(tmp_path / "labels.json", tmp_path)

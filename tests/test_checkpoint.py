@@ -9,10 +9,16 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
-from checkpoint import load_checkpoint, load_model, load_strictly, read_checkpoint, save_checkpoint
-from config import UserError
 from model import build_model
+from support import checkpoint
+from support.checkpoint import (
+    load_checkpoint,
+    load_model,
+    load_strictly,
+    read_checkpoint,
+    save_checkpoint,
+)
+from support.errors import UserError
 
 
 def saved(path: Path, **changes) -> Path:
@@ -30,14 +36,20 @@ def test_round_trip(tmp_path: Path) -> None:
     model = build_model(TINY)
     path = saved(tmp_path / "last.pt", model=model.state_dict())
     loaded, rest = load_model(path)
-    assert rest["config"] == TINY and rest["class_names"] == ["a", "b", "c"] and rest["category_ids"] == [3, 1, 2]
+    assert (
+        rest["config"] == TINY
+        and rest["class_names"] == ["a", "b", "c"]
+        and rest["category_ids"] == [3, 1, 2]
+    )
     assert not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = saved(tmp_path / "last.pt")
     before = path.read_bytes()
 
@@ -78,7 +90,10 @@ def test_a_malicious_pickle_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self):
             return os.mkdir, (str(marker),)
 
-    for name, write in {"zip.pt": torch.save, "raw.pt": lambda o, p: Path(p).write_bytes(pickle.dumps(o, 2))}.items():
+    for name, write in {
+        "zip.pt": torch.save,
+        "raw.pt": lambda o, p: Path(p).write_bytes(pickle.dumps(o, 2)),
+    }.items():
         write({"model": Malicious()}, tmp_path / name)
         with pytest.raises(UserError, match=f"{name}.*tensors and plain values.*mkdir") as error:
             read_checkpoint(tmp_path / name)
@@ -91,9 +106,9 @@ def test_what_does_not_fit_is_listed_by_key_and_shape(tmp_path: Path) -> None:
     model = build_model(replace(TINY, num_classes=5))
     with pytest.raises(UserError) as error:
         load_strictly(model, state_dict, "a.pt")
-    assert "a.pt" in str(error.value) and "head.stages.0.cls_logits.weight [3, 16] in the file, [5, 16]" in str(
+    assert "a.pt" in str(
         error.value
-    )
+    ) and "head.stages.0.cls_logits.weight [3, 16] in the file, [5, 16]" in str(error.value)
     del state_dict["proposal_boxes"]
     state_dict["extra"] = torch.zeros(1)
     with pytest.raises(UserError, match="missing: proposal_boxes; left over: extra"):

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import PRESETS, Config, UserError, parse_args, pick_device, preset_from, run_main
+from config import PRESETS, Config
+from support.cli import parse_args, pick_device, preset_from, run_main
+from support.errors import UserError
 from train import TrainArgs, learning_rate
 
 
@@ -20,9 +22,28 @@ def test_presets_are_the_papers() -> None:
             assert config.backbone == f"resnet{depth}" and config.num_proposals == int(proposals)
             assert config.crop == (proposals == "300")
     c = Config()
-    assert (c.hidden_dim, c.dynamic_dim, c.num_stages, c.num_heads, c.ffn_dim, c.roi_size) == (256, 64, 6, 8, 2048, 7)
-    assert (c.class_weight, c.l1_weight, c.giou_weight, c.focal_alpha, c.focal_gamma) == (2, 5, 2, 0.25, 2)
-    assert (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip_norm) == (36, 16, 2.5e-5, 1e-4, 1.0)
+    assert (c.hidden_dim, c.dynamic_dim, c.num_stages, c.num_heads, c.ffn_dim, c.roi_size) == (
+        256,
+        64,
+        6,
+        8,
+        2048,
+        7,
+    )
+    assert (c.class_weight, c.l1_weight, c.giou_weight, c.focal_alpha, c.focal_gamma) == (
+        2,
+        5,
+        2,
+        0.25,
+        2,
+    )
+    assert (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip_norm) == (
+        36,
+        16,
+        2.5e-5,
+        1e-4,
+        1.0,
+    )
     assert c.min_sizes == tuple(range(480, 801, 32)) and (c.max_size, c.test_size) == (1333, 800)
 
 
@@ -33,9 +54,13 @@ def factor(step: int, total_steps: int, config: Config) -> float:
 
 def test_the_step_schedule_of_the_paper() -> None:
     config, total = Config(), 36 * 7392  # 118,287 images in batches of 16
-    factors = {step: factor(step, total, config) for step in (0, 500, 1000, 27 * 7392 - 1, 27 * 7392)}
+    factors = {
+        step: factor(step, total, config) for step in (0, 500, 1000, 27 * 7392 - 1, 27 * 7392)
+    }
     assert (
-        factors[0] == pytest.approx(0.01) and factors[500] == pytest.approx(0.505) and factors[1000] == pytest.approx(1)
+        factors[0] == pytest.approx(0.01)
+        and factors[500] == pytest.approx(0.505)
+        and factors[1000] == pytest.approx(1)
     )
     assert factors[27 * 7392 - 1] == pytest.approx(1) and factors[27 * 7392] == pytest.approx(0.1)
     assert factor(33 * 7392 - 1, total, config) == pytest.approx(0.1)
@@ -91,16 +116,31 @@ def test_dict_round_trip_also_through_json_lists() -> None:
         ({"lr": float("inf")}, ["lr"]),
     ],
 )
-def test_unknown_keys_wrong_types_and_senseless_values_are_errors(values: dict, words: list[str]) -> None:
+def test_unknown_keys_wrong_types_and_senseless_values_are_errors(
+    values: dict, words: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
         Config.from_dict(values)
     assert all(word in str(error.value) for word in words)
 
 
 def test_flags_override_the_presets_values() -> None:
-    argv = ["--preset", "shapes", "--epochs", "3", "--train-json", "a.json", "--no-flip", "--min-sizes", "64", "80"]
+    argv = [
+        "--preset",
+        "shapes",
+        "--epochs",
+        "3",
+        "--train-json",
+        "a.json",
+        "--no-flip",
+        "--min-sizes",
+        "64",
+        "80",
+    ]
     config = parse_args(argv, TrainArgs, "train.py", "", config=preset_from(argv)).config
-    expected = replace(PRESETS["shapes"], epochs=3, train_json="a.json", flip=False, min_sizes=(64, 80))
+    expected = replace(
+        PRESETS["shapes"], epochs=3, train_json="a.json", flip=False, min_sizes=(64, 80)
+    )
     assert config == expected
 
 
@@ -109,10 +149,16 @@ def test_help_shows_the_comments(capsys: pytest.CaptureFixture[str]) -> None:
         parse_args(["--help"], TrainArgs, "train.py", "", config=Config())
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert stop.value.code == 0
-    assert "N learned proposals" in text and "--num-proposals" in text and "Pixels: the shortest side" in text
+    assert (
+        "N learned proposals" in text
+        and "--num-proposals" in text
+        and "Pixels: the shortest side" in text
+    )
 
 
-@pytest.mark.parametrize("argv", [["--colour", "3"], ["--epochs", "many"], ["--epochs", "0"], ["--backbone", "vgg"]])
+@pytest.mark.parametrize(
+    "argv", [["--colour", "3"], ["--epochs", "many"], ["--epochs", "0"], ["--backbone", "vgg"]]
+)
 def test_a_wrong_flag_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_args(argv, TrainArgs, "train.py", "", config=Config())
@@ -126,7 +172,11 @@ def test_a_wrong_preset_is_named_with_the_right_ones() -> None:
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:
-    assert pick_device("cpu") == torch.device("cpu") and pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert pick_device("cpu") == torch.device("cpu") and pick_device("auto").type in (
+        "cpu",
+        "cuda",
+        "mps",
+    )
     for name in ("cuda:99", "toaster"):
         with pytest.raises(UserError, match=name):
             pick_device(name)
@@ -142,13 +192,13 @@ def test_run_main_gives_the_contracts_exit_codes(capsys, monkeypatch: pytest.Mon
         raise KeyError("ours to mend")
 
     assert run_main(lambda: None, "x") == 0 and run_main(lambda: 1, "x") == 1
-    assert run_main(refuse, "x.py") == 2 and capsys.readouterr().err == "x.py: that file is broken\n"
+    assert (
+        run_main(refuse, "x.py") == 2 and capsys.readouterr().err == "x.py: that file is broken\n"
+    )
     with pytest.raises(KeyError):
         run_main(bug, "x.py")
 
 
 def test_a_workers_trace_is_cut_off_the_message() -> None:
-    wrapped = (
-        "Caught UserError in DataLoader worker process 0.\nTraceback …\n  raise UserError(…)\nconfig.UserError: a.jpg"
-    )
+    wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback …\n  raise UserError(…)\nconfig.UserError: a.jpg"
     assert str(UserError(wrapped)) == "a.jpg"

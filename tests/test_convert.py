@@ -9,10 +9,12 @@ import torch
 from conftest import TINY
 from test_reference import weights
 
-from checkpoint import load_checkpoint, load_model, save_checkpoint
-from config import PRESETS, Config, UserError
+from config import PRESETS, Config
 from model import build_model
-from tools.convert import COCO_CLASSES, config_from, convert_checkpoint, main
+from support.checkpoint import load_checkpoint, load_model, save_checkpoint
+from support.convert import COCO_CLASSES, config_from, convert_checkpoint
+from support.errors import UserError
+from tools.convert import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +33,9 @@ def test_both_vocabularies_give_the_same_names_and_the_papers_config(authors, mm
     ours = convert_checkpoint(authors)
     assert set(ours) == set(convert_checkpoint({"meta": {}, "state_dict": mmdet}))
     assert config_from(ours) == Config()
-    assert set(convert_checkpoint({"model": {f"module.{k}": v for k, v in authors.items()}})) == set(ours)
+    assert set(
+        convert_checkpoint({"model": {f"module.{k}": v for k, v in authors.items()}})
+    ) == set(ours)
 
 
 def test_depth_proposals_classes_and_stages_are_read_off_the_shapes(authors) -> None:
@@ -45,7 +49,9 @@ def test_depth_proposals_classes_and_stages_are_read_off_the_shapes(authors) -> 
             value = value[:20]
         deep[key] = value
     for block in range(6, 23):  # R101's third layer has 23 blocks
-        deep |= {k.replace("res4.5.", f"res4.{block}."): v for k, v in authors.items() if "res4.5." in k}
+        deep |= {
+            k.replace("res4.5.", f"res4.{block}."): v for k, v in authors.items() if "res4.5." in k
+        }
     config = config_from(convert_checkpoint(deep))
     assert (config.preset, config.backbone, config.num_proposals) == ("r101-300", "resnet101", 300)
     assert (config.num_stages, config.num_classes) == (4, 20)
@@ -53,11 +59,15 @@ def test_depth_proposals_classes_and_stages_are_read_off_the_shapes(authors) -> 
 
 def test_missing_and_unknown_tensors_are_listed(authors) -> None:
     without = {k: v for k, v in authors.items() if k != "head.head_series.3.norm2.bias"}
-    with pytest.raises(UserError, match=r"1 tensors are missing.*head\.stages\.3\.interaction_norm\.bias"):
+    with pytest.raises(
+        UserError, match=r"1 tensors are missing.*head\.stages\.3\.interaction_norm\.bias"
+    ):
         convert_checkpoint(without)
     with pytest.raises(UserError, match="1 names are neither.*rpn.conv.weight"):
         convert_checkpoint({**authors, "rpn.conv.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"another shape.*proposal_boxes \[100, 5\], not \[100, 4\]"):
+    with pytest.raises(
+        UserError, match=r"another shape.*proposal_boxes \[100, 5\], not \[100, 4\]"
+    ):
         convert_checkpoint({**authors, "init_proposal_boxes.weight": torch.zeros(100, 5)})
     with pytest.raises(UserError, match="no Sparse R-CNN"):
         convert_checkpoint({})
@@ -65,18 +75,28 @@ def test_missing_and_unknown_tensors_are_listed(authors) -> None:
 
 def test_coco_has_80_classes() -> None:
     assert len(set(COCO_CLASSES.values())) == 80 and list(COCO_CLASSES) == sorted(COCO_CLASSES)
-    assert COCO_CLASSES[1] == "person" and COCO_CLASSES[90] == "toothbrush" and 12 not in COCO_CLASSES
+    assert (
+        COCO_CLASSES[1] == "person" and COCO_CLASSES[90] == "toothbrush" and 12 not in COCO_CLASSES
+    )
 
 
 def test_the_command_line_writes_a_checkpoint(authors, tmp_path: Path) -> None:
     torch.save({"model": authors, "iteration": 269_999}, tmp_path / "in.pth")
-    command = [sys.executable, "-m", "tools.convert", str(tmp_path / "in.pth"), str(tmp_path / "out.pt")]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.convert",
+        str(tmp_path / "in.pth"),
+        str(tmp_path / "out.pt"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resnet50, 100 proposals, 6 stages, 80 classes (COCO)" in done.stdout
     model, rest = load_model(tmp_path / "out.pt")
     assert rest["config"] == PRESETS["r50-100"]
-    assert rest["class_names"] == list(COCO_CLASSES.values()) and rest["category_ids"] == list(COCO_CLASSES)
+    assert rest["class_names"] == list(COCO_CLASSES.values()) and rest["category_ids"] == list(
+        COCO_CLASSES
+    )
     assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
 
 
@@ -87,15 +107,26 @@ def test_an_unreadable_file_is_the_users_to_mend(tmp_path: Path) -> None:
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_weights_of_the_authors_and_of_mmdetection_are_loaded_as_they_are(authors, mmdet, tmp_path: Path) -> None:
-    for name, contents in {"authors": {"model": authors, "iteration": 1}, "mmdet": {"state_dict": mmdet}}.items():
+def test_weights_of_the_authors_and_of_mmdetection_are_loaded_as_they_are(
+    authors, mmdet, tmp_path: Path
+) -> None:
+    for name, contents in {
+        "authors": {"model": authors, "iteration": 1},
+        "mmdet": {"state_dict": mmdet},
+    }.items():
         torch.save(contents, tmp_path / f"{name}.pth")
         model, rest = load_model(tmp_path / f"{name}.pth")
-        assert rest["config"] == PRESETS["r50-100"] and rest["class_names"] == list(COCO_CLASSES.values())
+        assert rest["config"] == PRESETS["r50-100"] and rest["class_names"] == list(
+            COCO_CLASSES.values()
+        )
         source = contents.get("model", contents.get("state_dict"))
-        assert torch.equal(model.proposal_boxes, next(v for k, v in source.items() if "init_proposal_b" in k))
+        assert torch.equal(
+            model.proposal_boxes, next(v for k, v in source.items() if "init_proposal_b" in k)
+        )
     torch.save({**authors, "rpn.conv.weight": torch.zeros(1)}, tmp_path / "left_over.pth")
-    with pytest.raises(UserError, match=r"left_over\.pth: .*1 names are neither.*rpn\.conv\.weight"):
+    with pytest.raises(
+        UserError, match=r"left_over\.pth: .*1 names are neither.*rpn\.conv\.weight"
+    ):
         load_model(tmp_path / "left_over.pth")
 
 
@@ -103,7 +134,9 @@ def test_half_precision_halves_a_file_and_leaves_out_the_training_state(tmp_path
     model = build_model(TINY)
     contents = {"model": model.state_dict(), "config": TINY.to_dict()}
     contents |= {"class_names": list("abc"), "category_ids": [1, 2, 3]}
-    save_checkpoint(tmp_path / "last.pt", {**contents, "optimizer": {"state": torch.zeros(10**6)}, "epoch": 3})
+    save_checkpoint(
+        tmp_path / "last.pt", {**contents, "optimizer": {"state": torch.zeros(10**6)}, "epoch": 3}
+    )
     main([str(tmp_path / "last.pt"), str(tmp_path / "small.pt"), "--half"])
     small = load_checkpoint(tmp_path / "small.pt")
     assert set(small) == set(contents) and small["class_names"] == list("abc")

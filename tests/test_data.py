@@ -18,9 +18,12 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 import data
-from config import PRESETS, Config, UserError
-from data import CocoDataset, check_data, collate, make_dataset, read_image
+from config import PRESETS, Config
+from data import CocoDataset, check_data, make_dataset
 from shapes import ShapesDataset
+from support.errors import UserError
+from support.loader import collate
+from support.pictures import read_image
 
 W, H = 64, 48
 COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)])
@@ -35,9 +38,16 @@ def example() -> Raw:
     """Three images, of ids in no order, the second without objects; odd category ids; a crowd; a box over the edge."""
     sizes = {"width": W, "height": H}
     return {
-        "images": [{"id": 30, "file_name": "a.png", **sizes}, {"id": -4, "file_name": "b.png", **sizes}]
+        "images": [
+            {"id": 30, "file_name": "a.png", **sizes},
+            {"id": -4, "file_name": "b.png", **sizes},
+        ]
         + [{"id": 10, "file_name": "sub/c.png", **sizes}],
-        "categories": [{"id": 1000, "name": "owl"}, {"id": -3, "name": "cat"}, {"id": 7, "name": "bee"}],
+        "categories": [
+            {"id": 1000, "name": "owl"},
+            {"id": -3, "name": "cat"},
+            {"id": 7, "name": "bee"},
+        ],
         "annotations": [
             box(11, 10, 7, 5, 6, 20, 10),
             box(12, 30, 1000, 1.5, 2.25, 10, 20, iscrowd=0, area=99.5),
@@ -71,17 +81,37 @@ def load(folder: Path, raw: Raw, **options: Any) -> CocoDataset:
 def test_labels_boxes_and_attributes(folder: Path) -> None:
     dataset = load(folder, example())
     assert dataset.class_names == ("cat", "bee", "owl") and dataset.category_ids == (-3, 7, 1000)
-    assert list(dataset.image_ids) == [30, -4, 10] and list(dataset.file_names) == ["a.png", "b.png", "sub/c.png"]
-    assert dataset.sizes_hw.tolist() == [[H, W]] * 3 and dataset.objects_per_image.tolist() == [1, 0, 2]
+    assert list(dataset.image_ids) == [30, -4, 10] and list(dataset.file_names) == [
+        "a.png",
+        "b.png",
+        "sub/c.png",
+    ]
+    assert dataset.sizes_hw.tolist() == [[H, W]] * 3 and dataset.objects_per_image.tolist() == [
+        1,
+        0,
+        2,
+    ]
     assert len(dataset) == 3 == sum(1 for _ in dataset)
     # The crowd is gone, the box over the left and lower edges is clipped to them.
-    expected = [([[1.5, 2.25, 11.5, 22.25]], [2]), ([], []), ([[5, 6, 25, 16], [0, 40, 20, 48]], [1, 0])]
+    expected = [
+        ([[1.5, 2.25, 11.5, 22.25]], [2]),
+        ([], []),
+        ([[5, 6, 25, 16], [0, 40, 20, 48]], [1, 0]),
+    ]
     for index, (boxes, labels) in enumerate(expected):
         image, target = dataset[index]
-        assert type(image) is tv_tensors.Image and image.shape == (3, H, W) and image.dtype == torch.uint8
+        assert (
+            type(image) is tv_tensors.Image
+            and image.shape == (3, H, W)
+            and image.dtype == torch.uint8
+        )
         assert image[:, 20, 30].tolist() == [9, 99, 199]
-        assert type(target["boxes"]) is tv_tensors.BoundingBoxes and target["boxes"].canvas_size == (H, W)
-        assert torch.equal(target["boxes"].as_subclass(Tensor), torch.tensor(boxes).reshape(-1, 4).float())
+        assert type(target["boxes"]) is tv_tensors.BoundingBoxes and target[
+            "boxes"
+        ].canvas_size == (H, W)
+        assert torch.equal(
+            target["boxes"].as_subclass(Tensor), torch.tensor(boxes).reshape(-1, 4).float()
+        )
         assert target["labels"].tolist() == labels and target["labels"].dtype == torch.int64
         assert target["image_id"] == [30, -4, 10][index] and target["size_hw"] == (H, W)
     assert torch.equal(dataset[-1][1]["boxes"], dataset[2][1]["boxes"])
@@ -91,14 +121,23 @@ def test_a_target_is_a_copy(folder: Path) -> None:
     dataset = load(folder, example())
     dataset.target(0)["boxes"].mul_(0)
     dataset.target(0)["labels"].zero_()
-    assert dataset.target(0)["boxes"].tolist() == [[1.5, 2.25, 11.5, 22.25]] and dataset.target(0)["labels"] == 2
+    assert (
+        dataset.target(0)["boxes"].tolist() == [[1.5, 2.25, 11.5, 22.25]]
+        and dataset.target(0)["labels"] == 2
+    )
 
 
 def test_classes_are_matched_by_name(folder: Path) -> None:
     dataset = load(folder, example(), class_names=["owl", "cat", "bee"])
     assert dataset.class_names == ("owl", "cat", "bee") and dataset.category_ids == (1000, -3, 7)
-    assert dataset.target(0)["labels"].tolist() == [0] and dataset.target(2)["labels"].tolist() == [2, 1]
-    for names, words in [(["owl", "cat"], "new ['bee']"), (["owl", "cat", "bee", "elk"], "missing ['elk']")]:
+    assert dataset.target(0)["labels"].tolist() == [0] and dataset.target(2)["labels"].tolist() == [
+        2,
+        1,
+    ]
+    for names, words in [
+        (["owl", "cat"], "new ['bee']"),
+        (["owl", "cat", "bee", "elk"], "missing ['elk']"),
+    ]:
         with pytest.raises(UserError) as caught:
             load(folder, example(), class_names=names)
         for part in ("labels.json", words, str(names), "['cat', 'bee', 'owl']"):
@@ -107,14 +146,24 @@ def test_classes_are_matched_by_name(folder: Path) -> None:
 
 def test_no_annotations_at_all(folder: Path) -> None:
     dataset = load(folder, {**example(), "annotations": []})
-    assert [len(target["boxes"]) for _, target in dataset] == [0, 0, 0] and dataset.target(1)["boxes"].shape == (0, 4)
+    assert [len(target["boxes"]) for _, target in dataset] == [0, 0, 0] and dataset.target(1)[
+        "boxes"
+    ].shape == (0, 4)
     assert len(dataset.coco().getImgIds()) == 3
 
 
 def test_degenerate_boxes_give_one_warning(folder: Path) -> None:
     raw = example()
-    raw["annotations"] += [box(21, 30, 7, 1, 1, 0, 5), box(22, 30, 7, 1, 1, 5, -2), box(23, 30, 7, 1, 1, 0, 0)]
-    raw["annotations"] += [box(24, 30, 7, W, 3, 9, 9), box(25, 30, 7, 1, -9, 9, 9), box(26, 30, 7, 1, 1, 0, 1)]
+    raw["annotations"] += [
+        box(21, 30, 7, 1, 1, 0, 5),
+        box(22, 30, 7, 1, 1, 5, -2),
+        box(23, 30, 7, 1, 1, 0, 0),
+    ]
+    raw["annotations"] += [
+        box(24, 30, 7, W, 3, 9, 9),
+        box(25, 30, 7, 1, -9, 9, 9),
+        box(26, 30, 7, 1, 1, 0, 1),
+    ]
     raw["annotations"] += [box(27, 30, 7, 1, 1, 0, 0, iscrowd=1), box(28, 30, 7, 1, 1, 0.01, 0.01)]
     with pytest.warns(UserWarning) as caught:
         dataset = load(folder, raw)
@@ -136,11 +185,18 @@ def test_coco_fills_in_what_is_absent(folder: Path, capsys: pytest.CaptureFixtur
     assert set(coco.getImgIds()) == {30, -4, 10} and set(coco.getCatIds()) == {-3, 7, 1000}
     assert [coco.anns[k]["area"] for k in (11, 12, 13, 14)] == [200, 99.5, 1500, 2400]
     assert [coco.anns[k]["iscrowd"] for k in (11, 12, 13, 14)] == [0, 0, 0, 1]
-    assert coco.loadRes([{"image_id": 30, "category_id": 7, "bbox": [0, 0, 1, 1], "score": 1.0}]).dataset["info"] == {}
+    assert (
+        coco.loadRes(
+            [{"image_id": 30, "category_id": 7, "bbox": [0, 0, 1, 1], "score": 1.0}]
+        ).dataset["info"]
+        == {}
+    )
     assert (folder / "labels.json").read_bytes() == before
 
 
-def test_coco_counts_a_match_with_annotation_zero(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_coco_counts_a_match_with_annotation_zero(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw = {**example(), "annotations": [box(0, 30, 7, 5, 5, 20, 20)]}
     coco = load(folder, raw).coco()
     found = coco.loadRes([{"image_id": 30, "category_id": 7, "bbox": [5, 5, 20, 20], "score": 1.0}])
@@ -170,13 +226,22 @@ def change(path: str, value: Any) -> Callable[[Raw], None]:
 
 
 MISTAKES = [
-    *[(f"images.1.{key}", ..., f'images[1]|"{key}" is missing') for key in ("id", "file_name", "width", "height")],
+    *[
+        (f"images.1.{key}", ..., f'images[1]|"{key}" is missing')
+        for key in ("id", "file_name", "width", "height")
+    ],
     *[(f"categories.2.{key}", ..., f'categories[2]|"{key}" is missing') for key in ("id", "name")],
-    *[(f"annotations.1.{k}", ..., f'[1]|"{k}" is missing') for k in ("id", "image_id", "category_id", "bbox")],
+    *[
+        (f"annotations.1.{k}", ..., f'[1]|"{k}" is missing')
+        for k in ("id", "image_id", "category_id", "bbox")
+    ],
     *[(name, ..., f'no list "{name}"') for name in ("images", "categories", "annotations")],
     *[(name, {}, f'no list "{name}"') for name in ("images", "categories", "annotations")],
     *[(name, [], f'empty|no "{name}"') for name in ("images", "categories")],
-    *[(f"{name}.0", 5, f"{name}[0]|5 should be an object") for name in ("images", "categories", "annotations")],
+    *[
+        (f"{name}.0", 5, f"{name}[0]|5 should be an object")
+        for name in ("images", "categories", "annotations")
+    ],
     ("images.1.id", "12", "images[1] (id '12')|\"id\" is '12'|integer"),
     ("images.1.id", 2**63, f"images[1]|{2**63}|integer"),
     ("images.1.id", True, "images[1]|True|integer"),
@@ -192,9 +257,17 @@ MISTAKES = [
     ("categories.1.name", "bee", 'categories[2] (id 7)|same "name", bee'),
     ("annotations.3.id", 11, 'annotations[3] (id 11)|same "id"'),
     ("annotations.3.id", [11], 'annotations[3]|"id" is [11]'),
-    ("annotations.2.image_id", 31, 'annotations[2] (id 13)|"image_id" 31 is not listed in "images"'),
+    (
+        "annotations.2.image_id",
+        31,
+        'annotations[2] (id 13)|"image_id" 31 is not listed in "images"',
+    ),
     ("annotations.2.image_id", "10", "annotations[2] (id 13)|\"image_id\" is '10'"),
-    ("annotations.2.category_id", 0, 'annotations[2] (id 13)|"category_id" 0 is not listed in "categories"'),
+    (
+        "annotations.2.category_id",
+        0,
+        'annotations[2] (id 13)|"category_id" 0 is not listed in "categories"',
+    ),
     ("annotations.2.category_id", 7.0, 'annotations[2] (id 13)|"category_id" is 7.0'),
     ("annotations.2.bbox", [1, 2, 3], "annotations[2] (id 13)|[1, 2, 3]|4 finite numbers"),
     ("annotations.2.bbox", "1 2 3 4", "annotations[2] (id 13)|1 2 3 4|4 finite numbers"),
@@ -207,7 +280,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "words"), MISTAKES, ids=[f"{m[0]}={str(m[1])[:12]}" for m in MISTAKES])
+@pytest.mark.parametrize(
+    ("path", "value", "words"), MISTAKES, ids=[f"{m[0]}={str(m[1])[:12]}" for m in MISTAKES]
+)
 def test_mistakes_in_the_json_are_named(folder: Path, path: str, value: Any, words: str) -> None:
     raw = example()
     change(path, value)(raw)
@@ -241,7 +316,8 @@ def test_missing_files(folder: Path) -> None:
     (folder / "b.png").unlink()
     (folder / "sub/c.png").unlink()
     with pytest.raises(
-        UserError, match=r"2 of the 3 image files listed in .*labels\.json are missing.* first is b\.png"
+        UserError,
+        match=r"2 of the 3 image files listed in .*labels\.json are missing.* first is b\.png",
     ):
         CocoDataset(file, folder)
 
@@ -259,7 +335,12 @@ def write_png16(path: Path, pixels: np.ndarray) -> None:
     """A PNG of 16 bits a channel, which Pillow writes for grey only; pixels (H, W, 3) uint16."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -298,8 +379,14 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str) -> None:
     difference = hwc(read_image(tmp_path / name)).astype(int) - np.rot90(gradient(), -1)
     assert abs(difference).mean() < 3
     # The stored size in the JSON is refused, the size as shown accepted.
-    raw = {**example(), "images": [{"id": 1, "file_name": name, "width": W, "height": H}], "annotations": []}
-    with pytest.raises(UserError, match=rf"{name}: is {H} x {W} pixels, but {W} x {H} in .*labels.json.*EXIF"):
+    raw = {
+        **example(),
+        "images": [{"id": 1, "file_name": name, "width": W, "height": H}],
+        "annotations": [],
+    }
+    with pytest.raises(
+        UserError, match=rf"{name}: is {H} x {W} pixels, but {W} x {H} in .*labels.json.*EXIF"
+    ):
         load(tmp_path, raw)[0]
     raw["images"][0] |= {"width": H, "height": W}
     assert load(tmp_path, raw)[0][0].shape == (3, W, H)
@@ -331,7 +418,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("suffix", "damage", "words"), BROKEN)
-def test_broken_pictures(tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes], words: str) -> None:
+def test_broken_pictures(
+    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes], words: str
+) -> None:
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (H, W, 3), np.uint8)).save(path)
     read_image(path)
@@ -340,7 +429,9 @@ def test_broken_pictures(tmp_path: Path, suffix: str, damage: Callable[[bytes], 
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError) as caught:
         read_image(path)
-    assert str(caught.value).startswith(f"{path}: cannot be read as a picture (") and words in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: cannot be read as a picture (") and words in str(
+        caught.value
+    )
 
 
 def test_missing_picture(tmp_path: Path) -> None:
@@ -357,7 +448,11 @@ def test_check_data_lists_all_unusable_pictures(folder: Path) -> None:
     Image.new("RGB", (W, H + 1)).save(folder / "sub/c.png")
     with pytest.raises(UserError) as caught:
         check_data(dataset)
-    for part in ("2 of 3 images", "a.png: cannot be read as a picture (the file is empty)", f"c.png: is {W} x {H + 1}"):
+    for part in (
+        "2 of 3 images",
+        "a.png: cannot be read as a picture (the file is empty)",
+        f"c.png: is {W} x {H + 1}",
+    ):
         assert part in str(caught.value)
     assert "b.png" not in str(caught.value)
 
@@ -365,20 +460,33 @@ def test_check_data_lists_all_unusable_pictures(folder: Path) -> None:
 # --- augmentation ---
 
 
-def painted(width: int, height: int, boxes: list[tuple[int, int, int, int]]) -> tuple[Tensor, data.Target]:
+def painted(
+    width: int, height: int, boxes: list[tuple[int, int, int, int]]
+) -> tuple[Tensor, data.Target]:
     """A black picture with the k-th box (whole xyxy pixels, none over another) filled with the k-th colour."""
     pixels = np.zeros((height, width, 3), np.uint8)
     for (x1, y1, x2, y2), colour in zip(boxes, COLOURS, strict=False):
         pixels[y1:y2, x1:x2] = colour
     image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-    xyxy = tv_tensors.BoundingBoxes(torch.tensor(boxes).float(), format="XYXY", canvas_size=(height, width))
-    return image, {"boxes": xyxy, "labels": torch.arange(len(boxes)), "image_id": 1, "size_hw": (height, width)}
+    xyxy = tv_tensors.BoundingBoxes(
+        torch.tensor(boxes).float(), format="XYXY", canvas_size=(height, width)
+    )
+    return image, {
+        "boxes": xyxy,
+        "labels": torch.arange(len(boxes)),
+        "image_id": 1,
+        "size_hw": (height, width),
+    }
 
 
 def extent(image: Tensor, label: int) -> list[float] | None:
     """xyxy of the pixels of the label's colour."""
     ys, xs = torch.nonzero(image[label] > 127, as_tuple=True)
-    return [xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1] if len(xs) else None
+    return (
+        [xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1]
+        if len(xs)
+        else None
+    )
 
 
 CONFIGS = {
@@ -396,7 +504,10 @@ def test_boxes_follow_the_pixels(name: str, width: int, height: int) -> None:
     transform, where = data.train_transforms(CONFIGS[name]), Counter()
     for _ in range(25 if name == "crop" else 6):
         image, target = transform(*painted(width, height, boxes))
-        assert target["boxes"].canvas_size == tuple(image.shape[1:]) and target["size_hw"] == (height, width)
+        assert target["boxes"].canvas_size == tuple(image.shape[1:]) and target["size_hw"] == (
+            height,
+            width,
+        )
         found = dict(zip(target["labels"].tolist(), target["boxes"].tolist(), strict=True))
         for label in range(3):
             seen = extent(image, label)
@@ -424,7 +535,9 @@ def test_sizes_of_the_recipe() -> None:
             scale = min(new_w, new_h) / min(width, height)
             if max(new_w, new_h) == 1333:
                 assert min(new_w, new_h) <= max(sizes)
-                assert min(new_w, new_h) == int(min(width, height) * 1333 / max(width, height) + 0.5)
+                assert min(new_w, new_h) == int(
+                    min(width, height) * 1333 / max(width, height) + 0.5
+                )
             else:  # exactly: truncation would make some of them a pixel less
                 assert min(new_w, new_h) in sizes and max(new_w, new_h) < 1333
                 assert max(new_w, new_h) == int(max(width, height) * scale + 0.5)
@@ -436,7 +549,9 @@ def test_a_sixtieth_pixel_is_kept_and_nothing_is_not() -> None:
     image, target = painted(60, 60, [(0, 0, 5, 5), (7, 7, 9, 7), (8, 8, 9, 9)])
     target["boxes"][2, 2:] = 8 + 1 / 60
     new_image, new_target = data.drop_degenerate(image, target)
-    assert new_image is image and new_target["labels"].tolist() == [0, 2] and len(target["boxes"]) == 3
+    assert (
+        new_image is image and new_target["labels"].tolist() == [0, 2] and len(target["boxes"]) == 3
+    )
     assert torch.equal(new_target["boxes"], target["boxes"][[0, 2]])
     assert new_target["boxes"].canvas_size == (60, 60) and new_target["image_id"] == 1
 
@@ -485,7 +600,10 @@ def test_own_data(folder: Path) -> None:
     val = make_dataset(both, "val", class_names=("owl", "bee", "cat"))
     assert val.class_names == ("owl", "bee", "cat") and min(val[0][0].shape[1:]) == 800
     assert make_dataset(both, "val", transforms=lambda *pair: pair)[0][0].shape == (3, H, W)
-    for flags, missing in [({"train_json": file}, "--train-images"), ({"train_images": images}, "--train-json")]:
+    for flags, missing in [
+        ({"train_json": file}, "--train-images"),
+        ({"train_images": images}, "--train-json"),
+    ]:
         with pytest.raises(UserError, match=f"^{missing} is missing"):
             make_dataset(Config(**flags), "train")
     with pytest.raises(UserError, match="^--val-images is missing"):
@@ -493,7 +611,9 @@ def test_own_data(folder: Path) -> None:
 
 
 def test_shapes_data() -> None:
-    config = Config(data="shapes-crowded", shapes_train=7, shapes_val=3, min_sizes=(120,), test_size=150)
+    config = Config(
+        data="shapes-crowded", shapes_train=7, shapes_val=3, min_sizes=(120,), test_size=150
+    )
     train, val = make_dataset(config, "train"), make_dataset(config, "val")
     assert isinstance(train, ShapesDataset) and (len(train), len(val)) == (7, 3)
     assert train[0][0].shape == (3, 120, 120) and val[0][0].shape == (3, 150, 150)
@@ -509,13 +629,27 @@ def test_coco_in_its_usual_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         make_dataset(Config(), "train")
-    parts = ["datasets/coco/annotations/instances_train2017.json", "https://cocodataset.org/#download", "train2017.zip"]
-    for part in [*parts, "val2017.zip", "annotations_trainval2017.zip", "make demo", "--train-json"]:
+    parts = [
+        "datasets/coco/annotations/instances_train2017.json",
+        "https://cocodataset.org/#download",
+        "train2017.zip",
+    ]
+    for part in [
+        *parts,
+        "val2017.zip",
+        "annotations_trainval2017.zip",
+        "make demo",
+        "--train-json",
+    ]:
         assert part in str(caught.value)
     for split, name in (("train", "a.png"), ("val", "b.png")):
         (images := tmp_path / f"datasets/coco/{split}2017").mkdir(parents=True)
         Image.new("RGB", (W, H)).save(images / name)
         (annotations := tmp_path / "datasets/coco/annotations").mkdir(exist_ok=True)
-        raw = {**example(), "images": [{"id": 1, "file_name": name, "width": W, "height": H}], "annotations": []}
+        raw = {
+            **example(),
+            "images": [{"id": 1, "file_name": name, "width": W, "height": H}],
+            "annotations": [],
+        }
         (annotations / f"instances_{split}2017.json").write_text(json.dumps(raw))
         assert make_dataset(Config(), split).file_names.tolist() == [name]

@@ -12,24 +12,35 @@ import torch
 from test_evaluate import AlmostRight
 from two_processes import gradients
 
-from config import UserError
-from distributed import GroupedBatches, Reseeded, StopSignal, World, make_loader
 from evaluate import evaluate
 from shapes import ShapesDataset
+from support.distributed import World
+from support.errors import UserError
+from support.faults import StopSignal
+from support.loader import GroupedBatches, Reseeded, make_loader
 
 ROOT = Path(__file__).parents[1]
 HERE = World(torch.device("cpu"))
 SIZES = np.array([[40, 60]] * 13 + [[60, 40]] * 10)  # 13 wide, 10 tall
 
 
-def epoch_of(seed: int, epoch: int, rank: int = 0, size: int = 1, first: int = 0) -> list[list[tuple[int, int]]]:
+def epoch_of(
+    seed: int, epoch: int, rank: int = 0, size: int = 1, first: int = 0
+) -> list[list[tuple[int, int]]]:
     batches = GroupedBatches(SIZES, 4, seed, rank, size)
     batches.seek(epoch, first)
     return list(batches)
 
 
 def torchrun(*args: str, processes: int = 2, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *args,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, **kwargs)
 
@@ -140,7 +151,10 @@ def test_the_gradient_is_the_same_however_the_batch_is_divided(two: list[dict]) 
     reference = gradients(HERE, None, 0, 1)
     others = {"1 × 2 × 2": gradients(HERE, 2, 0, 1)}
     for rank, result in enumerate(two):
-        others |= {f"2 × 2, rank {rank}": result["whole"], f"2 × 1 × 2, rank {rank}": result["parts"]}
+        others |= {
+            f"2 × 2, rank {rank}": result["whole"],
+            f"2 × 1 × 2, rank {rank}": result["parts"],
+        }
     for title, other in others.items():
         assert other.keys() == reference.keys()
         norms = {
@@ -169,7 +183,9 @@ def test_running_statistics_are_the_main_process_s_before_an_evaluation(two: lis
 
 
 def test_evaluation_sees_every_image_once_and_equals_one_process(two: list[dict]) -> None:
-    metrics, detections = evaluate(AlmostRight(), ShapesDataset("demo", "val", 11), HERE, batch_size=2)
+    metrics, detections = evaluate(
+        AlmostRight(), ShapesDataset("demo", "val", 11), HERE, batch_size=2
+    )
     metrics.pop("speed")
     assert metrics["AP"] > 0
     for result in two:

@@ -14,29 +14,39 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FeaturePyramidNetwork, box_iou
 
 from backbone import ResNetFPN, SmallFPN, fold_batch_norms
-from checkpoint import load_model
-from data import collate
 from model import SparseRCNN, build_model
 from shapes import ShapesDataset
+from support.checkpoint import load_model
+from support.loader import collate
 
 CONFIG = replace(TINY, num_proposals=10, num_classes=3)
 
 
 def torchvisions_model() -> nn.Module:
     """Labels 1 … 3, as there the background is class 0; small enough for two steps in a second."""
-    sizes = {"min_size": 64, "max_size": 64, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20}
+    sizes = {
+        "min_size": 64,
+        "max_size": 64,
+        "rpn_post_nms_top_n_train": 50,
+        "rpn_post_nms_top_n_test": 20,
+    }
     return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, **sizes)
 
 
 # What torchvision's reference scripts do, in our words: the model is all that differs.
 
 
-def train_one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable, device: str) -> list[float]:
+def train_one_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable, device: str
+) -> list[float]:
     model.train()
     history = []
     for images, targets in loader:
         images = [image.to(device) for image in images]
-        targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
+        targets = [
+            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()}
+            for target in targets
+        ]
         loss_dict = model(images, targets)
         losses = sum(loss for loss in loss_dict.values())
         history.append(losses.item())
@@ -54,29 +64,41 @@ def evaluate(model: nn.Module, loader: Iterable, device: str) -> dict[int, dict[
     for images, targets in loader:
         outputs = model([image.to(device) for image in images])
         outputs = [{k: v.to("cpu") for k, v in output.items()} for output in outputs]
-        found |= {target["image_id"]: output for target, output in zip(targets, outputs, strict=True)}
+        found |= {
+            target["image_id"]: output for target, output in zip(targets, outputs, strict=True)
+        }
     return found
 
 
-@pytest.mark.parametrize(("make", "first_label"), [(lambda: build_model(CONFIG), 0), (torchvisions_model, 1)])
+@pytest.mark.parametrize(
+    ("make", "first_label"), [(lambda: build_model(CONFIG), 0), (torchvisions_model, 1)]
+)
 def test_a_loop_written_for_torchvision(make: Callable[[], nn.Module], first_label: int) -> None:
     batches = []
     for start in range(0, 8, 4):
-        images, targets = collate([ShapesDataset("demo", "train", 8)[i] for i in range(start, start + 4)])
+        images, targets = collate(
+            [ShapesDataset("demo", "train", 8)[i] for i in range(start, start + 4)]
+        )
         floats = [image.float() / 255 for image in images]
         batches.append((floats, [{**t, "labels": t["labels"] + first_label} for t in targets]))
     model = make()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9
+    )
     history = train_one_epoch(model, optimizer, batches, "cpu")
     assert len(history) == 2 and all(loss > 0 for loss in history)
     found = evaluate(model, batches, "cpu")
     assert set(found) == {target["image_id"] for _, targets in batches for target in targets}
     for output in found.values():
-        assert set(output) == {"boxes", "scores", "labels"} and output["boxes"].dtype == torch.float32
+        assert (
+            set(output) == {"boxes", "scores", "labels"} and output["boxes"].dtype == torch.float32
+        )
         assert output["labels"].dtype == torch.int64 and (output["scores"].diff() <= 0).all()
         assert len(output["boxes"]) == len(output["scores"]) == len(output["labels"])
         if len(output["boxes"]):
-            assert first_label <= output["labels"].min() and output["labels"].max() < 3 + first_label
+            assert (
+                first_label <= output["labels"].min() and output["labels"].max() < 3 + first_label
+            )
             assert output["boxes"].min() >= 0 and output["boxes"].max() <= 96
 
 
@@ -97,7 +119,8 @@ def trained(config=CONFIG) -> SparseRCNN:
 
 
 IMAGES = [
-    torch.randint(256, (3, 70, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    torch.randint(256, (3, 70, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+    for i in (0, 1)
 ]
 TARGETS = [
     {"boxes": torch.tensor([[4.0, 5, 40, 50]]), "labels": torch.tensor([2])},
@@ -115,10 +138,14 @@ def test_the_inference_copy_predicts_the_same_and_leaves_the_model_alone() -> No
     assert (plain.logits.sigmoid() - folded.logits.sigmoid()).abs().max() < 1e-5
     assert (plain.boxes - folded.boxes).abs().max() < 0.005
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in fast.parameters())
+    assert all(p.requires_grad for p in model.parameters()) and not any(
+        p.requires_grad for p in fast.parameters()
+    )
 
 
-@pytest.mark.parametrize("make", [lambda: ResNetFPN("resnet18", 8, pretrained=False), lambda: SmallFPN(8)])
+@pytest.mark.parametrize(
+    "make", [lambda: ResNetFPN("resnet18", 8, pretrained=False), lambda: SmallFPN(8)]
+)
 def test_folding_changes_no_map(make: Callable[[], nn.Module]) -> None:
     backbone = make().eval()
     for name, value in backbone.state_dict().items():
@@ -173,7 +200,9 @@ def test_compiled_parts_give_the_same_and_compile_once_for_all_image_sizes() -> 
         graphs.append(len(inputs))
         return graph.forward
 
-    model = build_model(replace(TINY, backbone="resnet18", pretrained_backbone=False, num_stages=4)).train()
+    model = build_model(
+        replace(TINY, backbone="resnet18", pretrained_backbone=False, num_stages=4)
+    ).train()
     fast = copy.deepcopy(model)
     fast.compile(backend=backend)
     counts = []
@@ -185,7 +214,10 @@ def test_compiled_parts_give_the_same_and_compile_once_for_all_image_sizes() -> 
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
     # The backbone, and a stage once for all four: the first one's proposals need not be as contiguous as the others'.
     assert counts[0] == counts[-1] in (2, 3)
-    assert len(copy.deepcopy(fast)([torch.rand(3, 256, 320)], TARGETS[:1])) and len(graphs) == counts[-1]
+    assert (
+        len(copy.deepcopy(fast)([torch.rand(3, 256, 320)], TARGETS[:1]))
+        and len(graphs) == counts[-1]
+    )
 
 
 def test_a_deep_copy_is_a_model_of_its_own() -> None:
@@ -206,7 +238,9 @@ def test_bfloat16_inference_finds_the_same_objects() -> None:
         for small in (copy.deepcopy(model).bfloat16(), model.for_inference().bfloat16()):
             for expected, found in zip(plain, small(images), strict=True):
                 assert found["boxes"].dtype == torch.float32
-                expected, found = ({k: v[d["scores"] > 0.5] for k, v in d.items()} for d in (expected, found))
+                expected, found = (
+                    {k: v[d["scores"] > 0.5] for k, v in d.items()} for d in (expected, found)
+                )
                 ious = box_iou(expected["boxes"], found["boxes"])
                 assert ious.shape[0] == ious.shape[1] and (ious.max(1).values > 0.85).all()
                 assert torch.equal(expected["labels"], found["labels"][ious.argmax(1)])
@@ -218,15 +252,21 @@ def test_a_backbone_of_timm() -> None:
     class TimmFPN(nn.Module):
         def __init__(self, name: str, out_channels: int):
             super().__init__()
-            self.body = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4), pretrained=False)
+            self.body = timm.create_model(
+                name, features_only=True, out_indices=(1, 2, 3, 4), pretrained=False
+            )
             self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels)
 
         def forward(self, images: Tensor) -> list[Tensor]:
-            return list(self.fpn({str(i): level for i, level in enumerate(self.body(images))}).values())
+            return list(
+                self.fpn({str(i): level for i, level in enumerate(self.body(images))}).values()
+            )
 
     parts = build_model(CONFIG)
     backbone = TimmFPN("resnet18", CONFIG.hidden_dim)
-    model = SparseRCNN(backbone, parts.head, parts.criterion, parts.proposal_boxes, parts.proposal_feats)
+    model = SparseRCNN(
+        backbone, parts.head, parts.criterion, parts.proposal_boxes, parts.proposal_feats
+    )
     sum(model.train()(IMAGES, TARGETS).values()).backward()
     assert backbone.body.conv1.weight.grad.abs().sum() > 0
     with torch.no_grad():

@@ -15,13 +15,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from checkpoint import save_checkpoint
-from config import UserError
 from data import CocoDataset, eval_transforms
-from distributed import World
 from evaluate import coco_metrics, detect, format_table, main, same_padding_batches
 from model import build_model
 from shapes import ShapesDataset
+from support.checkpoint import save_checkpoint
+from support.distributed import World
+from support.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 HERE = World(torch.device("cpu"))
@@ -50,10 +50,20 @@ def random_truth(num_images: int = 12, seed: int = 0) -> tuple[COCO, list[dict]]
             for _ in range(rng.integers(0, 3)):
                 box = [float(v) for v in np.array([x, y, w, h]) + rng.normal(0, side / 12, 4)]
                 detections.append(
-                    {"image_id": image["id"], "category_id": category, "bbox": box, "score": float(rng.random())}
+                    {
+                        "image_id": image["id"],
+                        "category_id": category,
+                        "bbox": box,
+                        "score": float(rng.random()),
+                    }
                 )
     detections += [
-        {"image_id": image["id"], "category_id": 5, "bbox": [0, 0, 30, 30], "score": float(rng.random())}
+        {
+            "image_id": image["id"],
+            "category_id": 5,
+            "bbox": [0, 0, 30, 30],
+            "score": float(rng.random()),
+        }
         for image in images
     ]
     truth = COCO()
@@ -79,7 +89,9 @@ def test_equals_pycocotools_called_directly() -> None:
     assert 0.1 < metrics["AP"] < 0.9  # otherwise this shows little
     for k, category in enumerate(run.params.catIds):
         precision = run.eval["precision"][:, :, k, 0, -1]
-        assert metrics["per_class"][f"class {category}"] == pytest.approx(precision[precision > -1].mean())
+        assert metrics["per_class"][f"class {category}"] == pytest.approx(
+            precision[precision > -1].mean()
+        )
 
 
 def test_max_dets_counts_the_best_detections_only() -> None:
@@ -87,7 +99,9 @@ def test_max_dets_counts_the_best_detections_only() -> None:
     best = []
     for image_id in truth.getImgIds():
         for category in (5, -2, 40):  # pycocotools counts them class by class
-            own = [d for d in detections if d["image_id"] == image_id and d["category_id"] == category]
+            own = [
+                d for d in detections if d["image_id"] == image_id and d["category_id"] == category
+            ]
             best += sorted(own, key=lambda d: -d["score"])[:2]
     expected, limited, unlimited = (
         coco_metrics(truth, best),
@@ -107,7 +121,13 @@ def test_no_detection_at_all_is_zero_and_no_object_at_all_is_undefined() -> None
     for found in (detections, []):
         assert coco_metrics(truth, found)["AP"] == -1.0
     metrics = coco_metrics(truth, []) | {"images": 12, "max_dets": 100}
-    metrics["speed"] = {"fps": 1.0, "device": "cpu", "dtype": "float32", "resolution": "1×1", "batch_size": 1}
+    metrics["speed"] = {
+        "fps": 1.0,
+        "device": "cpu",
+        "dtype": "float32",
+        "resolution": "1×1",
+        "batch_size": 1,
+    }
     assert "–" in format_table(metrics) and "-1" not in format_table(metrics, per_class=True)
 
 
@@ -147,7 +167,9 @@ def test_boxes_come_back_in_the_pixels_of_the_file(make_coco) -> None:
     dataset = CocoDataset(json_file, folder, eval_transforms(TINY))
     answers = [
         {
-            "boxes": dataset[i][1]["boxes"].as_subclass(torch.Tensor),  # as large as the transforms made them
+            "boxes": dataset[i][1]["boxes"].as_subclass(
+                torch.Tensor
+            ),  # as large as the transforms made them
             "labels": dataset[i][1]["labels"],
             "scores": torch.linspace(0.9, 0.5, len(dataset[i][1]["labels"])),
         }
@@ -161,7 +183,9 @@ def test_boxes_come_back_in_the_pixels_of_the_file(make_coco) -> None:
 
 def test_only_images_of_one_size_are_batched() -> None:
     dataset = ShapesDataset("demo", "val", 7)
-    dataset.sizes_hw = np.array([[96, 96], [50, 96], [96, 96], [96, 96], [50, 96], [96, 50], [96, 96]])
+    dataset.sizes_hw = np.array(
+        [[96, 96], [50, 96], [96, 96], [96, 96], [50, 96], [96, 50], [96, 96]]
+    )
     batches = same_padding_batches(dataset, 3)
     assert sorted(sum(batches, [])) == list(range(7)) and max(map(len, batches)) == 3
     assert all(len({tuple(dataset.sizes_hw[i]) for i in batch}) == 1 for batch in batches)
@@ -200,9 +224,26 @@ def test_the_command_line_writes_what_it_prints(weights: Path, make_coco, tmp_pa
         ]
 
     json_file, folder = make_coco(num_images=5, edit=empty)
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--weights", str(weights), "--device", "cpu"]
-    command += ["--val-json", str(json_file), "--val-images", str(folder), "--workers", "0", "--per-class"]
-    done = subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "evaluate.py"),
+        "--weights",
+        str(weights),
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--val-json",
+        str(json_file),
+        "--val-images",
+        str(folder),
+        "--workers",
+        "0",
+        "--per-class",
+    ]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     detections = json.loads((tmp_path / "out/detections.json").read_text())

@@ -13,14 +13,17 @@ import pytest
 import torch
 from conftest import TINY
 
-from checkpoint import load_model, save_checkpoint
-from config import UserError
 from model import SparseRCNN, build_model
+from support.checkpoint import load_model, save_checkpoint
+from support.errors import UserError
+from support.onnx_detector import OnnxDetector
 from tools import export
-from tools.export import OnnxDetector, compare, main
+from tools.export import compare, main
 
 ROOT = Path(__file__).parents[1]
-CONFIG = replace(TINY, canonical_box_px=24)  # so that small pictures have boxes for all levels of the pyramid
+CONFIG = replace(
+    TINY, canonical_box_px=24
+)  # so that small pictures have boxes for all levels of the pyramid
 NAMES, IDS = ["Kätzchen", 'a "dog"', "cow"], [7, -3, 1000]
 
 
@@ -50,8 +53,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(source: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.export", str(source), str(source.with_name("model.onnx"))]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "tools.export",
+        str(source),
+        str(source.with_name("model.onnx")),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +86,28 @@ def picture(height: int, width: int) -> torch.Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def test_the_command_line_says_what_it_did_and_nothing_else(done: subprocess.CompletedProcess, exported: Path) -> None:
+def test_the_command_line_says_what_it_did_and_nothing_else(
+    done: subprocess.CompletedProcess, exported: Path
+) -> None:
     assert done.stderr == ""
     first, *rest = done.stdout.splitlines()
     assert first == f"{exported}: {exported.stat().st_size / 1e6:.1f} MB, opset 18, 3 classes"
-    assert len(rest) == 6 and [line.split(":")[0].strip() for line in rest[3:]] == ["96×128", "128×96", "59×63"]
+    assert len(rest) == 6 and [line.split(":")[0].strip() for line in rest[3:]] == [
+        "96×128",
+        "128×96",
+        "59×63",
+    ]
     # one file, the weights in it, and no temporary one
     assert {path.name for path in exported.parent.iterdir()} == {"last.pt", "model.onnx"}
 
 
 # multiples of 32 and not, wide and tall, as small as it gets
 SIZES = [(64, 96), (70, 101), (101, 70), (33, 65), (200, 40), (1, 1), (1, 50), (32, 1)]
-BOUNDARIES = [(12, 12), (24, 24), (48, 48)]  # here the proposals that are the whole image lie between two levels
+BOUNDARIES = [
+    (12, 12),
+    (24, 24),
+    (48, 48),
+]  # here the proposals that are the whole image lie between two levels
 
 
 @pytest.mark.parametrize("size", SIZES + BOUNDARIES)
@@ -109,17 +130,23 @@ def test_the_pictures_above_use_all_levels_and_classes(model: SparseRCNN) -> Non
         found = [model([picture(*size)])[0] for size in SIZES + BOUNDARIES]
     assert set(model.head.pooler.levels(torch.cat(stages)).flatten().tolist()) == {0, 1, 2, 3}
     assert {label for each in found for label in each["labels"].tolist()} == {0, 1, 2}
-    assert max(float(each["scores"].diff().max()) for each in found) < -5e-4  # no two scores are nearly equal
+    assert (
+        max(float(each["scores"].diff().max()) for each in found) < -5e-4
+    )  # no two scores are nearly equal
 
 
 def test_several_images_are_detected_each_alone(detector: OnnxDetector) -> None:
     pictures = [picture(64, 96), picture(70, 33)]
-    for together, alone in zip(detector(pictures), (detector([each])[0] for each in pictures), strict=True):
+    for together, alone in zip(
+        detector(pictures), (detector([each])[0] for each in pictures), strict=True
+    ):
         assert all(torch.equal(together[key], alone[key]) for key in alone)
     assert detector([]) == []
 
 
-@pytest.mark.parametrize("wrong", [torch.rand(3, 8, 8), torch.zeros(1, 8, 8).byte(), torch.zeros(3, 0, 8).byte()])
+@pytest.mark.parametrize(
+    "wrong", [torch.rand(3, 8, 8), torch.zeros(1, 8, 8).byte(), torch.zeros(3, 0, 8).byte()]
+)
 def test_other_images_are_refused(detector: OnnxDetector, wrong: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"image 1 .*\(3, H, W\) of torch\.uint8"):
         detector([picture(8, 8), wrong])
@@ -135,7 +162,12 @@ def test_the_file_describes_itself(exported: Path, detector: OnnxDetector) -> No
     }
     n = shapes["scores"][0]
     assert isinstance(n, str)
-    assert shapes == {"image": [3, "height", "width"], "boxes": [n, 4], "scores": [n], "labels": [n]}
+    assert shapes == {
+        "image": [3, "height", "width"],
+        "boxes": [n, 4],
+        "scores": [n],
+        "labels": [n],
+    }
     metadata = {entry.key: json.loads(entry.value) for entry in file.metadata_props}
     assert metadata == {"class_names": NAMES, "category_ids": IDS, "test_size": 96, "max_size": 96}
     assert {name: getattr(detector, name) for name in metadata} == metadata
@@ -144,7 +176,14 @@ def test_the_file_describes_itself(exported: Path, detector: OnnxDetector) -> No
 
 def test_damaged_and_missing_files_are_the_users_to_mend(exported: Path, tmp_path: Path) -> None:
     whole, damaged = exported.read_bytes(), tmp_path / "damaged.onnx"
-    for content in (b"", b"nothing", whole[:100], whole[: len(whole) // 2], whole[:-1], b"\0" * 1000 + whole[1000:]):
+    for content in (
+        b"",
+        b"nothing",
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        b"\0" * 1000 + whole[1000:],
+    ):
         damaged.write_bytes(content)
         with pytest.raises(UserError, match=r"damaged\.onnx: .*tools\.export") as caught:
             OnnxDetector(damaged)
@@ -157,7 +196,9 @@ def test_damaged_and_missing_files_are_the_users_to_mend(exported: Path, tmp_pat
 def test_other_onnx_files_are_the_users_to_mend(exported: Path, tmp_path: Path) -> None:
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", [x], [y])
-    other = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    other = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
+    )
     without = onnx.load(exported)
     without.metadata_props.pop()
     garbled = onnx.load(exported)
@@ -195,12 +236,17 @@ def test_a_missing_package_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_disagrees_is_not_written(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_disagrees_is_not_written(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = random_checkpoint(tmp_path / "other.pt", seed=5)
     (tmp_path / "model.onnx").write_bytes(b"what was there before")
     # An exporter that gets everything wrong: it writes another model.
     monkeypatch.setattr(export, "export_onnx", lambda model, path, *_: shutil.copy(exported, path))
-    with pytest.raises(UserError, match=r"not written, .* disagree on an image of 40×50 pixels: \d of \d detections"):
+    with pytest.raises(
+        UserError,
+        match=r"not written, .* disagree on an image of 40×50 pixels: \d of \d detections",
+    ):
         main([str(other), str(tmp_path / "model.onnx"), "--sizes", "40", "50"])
     assert (tmp_path / "model.onnx").read_bytes() == b"what was there before"
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt", "model.onnx"}
@@ -213,7 +259,11 @@ def outputs() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torc
     scores = torch.tensor([[0.9, 0.1], [0.2, 0.7], [0.5, 0.50001], [0.1, 0.8]])
     boxes_px = torch.tensor([[1.0, 1, 9, 9], [-5, 3, 15, 8], [2, 2, 4, 6], [60, 0, 70, 5]])
     right = [[1.0, 1, 9, 9], [0, 3, 15, 8], [2, 2, 4, 6]]
-    found = {"boxes": torch.tensor(right), "scores": torch.tensor([0.9, 0.7, 0.5]), "labels": torch.tensor([0, 1, 0])}
+    found = {
+        "boxes": torch.tensor(right),
+        "scores": torch.tensor([0.9, 0.7, 0.5]),
+        "labels": torch.tensor([0, 1, 0]),
+    }
     return found, scores.logit(), boxes_px, torch.tensor([50, 40, 50, 40])
 
 
@@ -226,7 +276,9 @@ def test_the_comparison_allows_ties_and_rounding(outputs) -> None:
     found["scores"][0] -= 9e-5
     result = compare(found, *rest)
     assert result.problem is None
-    assert result.boxes_px == pytest.approx(0.04, abs=1e-5) and result.scores == pytest.approx(9e-5, abs=1e-6)
+    assert result.boxes_px == pytest.approx(0.04, abs=1e-5) and result.scores == pytest.approx(
+        9e-5, abs=1e-6
+    )
     # A box whose area is all rounding may be there or not.
     rest[1][3] = torch.tensor([49.99, 0, 70, 5])
     assert compare(found, *rest).problem is None
@@ -241,7 +293,9 @@ def test_the_comparison_allows_ties_and_rounding(outputs) -> None:
         ("boxes", (1, 2), float("nan"), "1 of 3 detections are not"),
     ],
 )
-def test_the_comparison_finds_what_is_wrong(outputs, key: str, index: int, value: float, problem: str) -> None:
+def test_the_comparison_finds_what_is_wrong(
+    outputs, key: str, index: int, value: float, problem: str
+) -> None:
     found, *rest = outputs
     found[key][index] = value
     assert problem in compare(found, *rest).problem
@@ -256,7 +310,9 @@ def test_the_comparison_finds_what_is_wrong(outputs, key: str, index: int, value
         ([1, 0, 2], "the scores do not fall"),
     ],
 )
-def test_the_comparison_finds_what_is_missing_doubled_or_unsorted(outputs, rows: list[int], problem: str) -> None:
+def test_the_comparison_finds_what_is_missing_doubled_or_unsorted(
+    outputs, rows: list[int], problem: str
+) -> None:
     found, *rest = outputs
     assert problem in compare({key: value[rows] for key, value in found.items()}, *rest).problem
 
@@ -277,7 +333,13 @@ def test_wrong_arguments_are_refused_before_anything_is_done(source: Path, tmp_p
 
 
 def test_a_missing_checkpoint_ends_the_command_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.export", str(tmp_path / "none.pt"), str(tmp_path / "model.onnx")]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.export",
+        str(tmp_path / "none.pt"),
+        str(tmp_path / "model.onnx"),
+    ]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.startswith(f"tools.export: {tmp_path / 'none.pt'}: no such checkpoint")

@@ -6,13 +6,16 @@ import pytest
 import torch
 from conftest import TINY
 
-from distributed import World
 from evaluate import evaluate
 from model import build_model
 from shapes import ShapesDataset
+from support.distributed import World
 from train import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def batch(count: int = 4) -> tuple[list[torch.Tensor], list[dict]]:
@@ -30,12 +33,17 @@ def test_losses_and_gradients_equal_the_cpus() -> None:
         model = build_model(replace(TINY, backbone="resnet18")).to(device).train()
         losses = model(images, targets)
         sum(losses.values()).backward()
-        results.append((losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        )
     (cpu_losses, cpu_grads), (gpu_losses, gpu_grads) = results
     for name, value in cpu_losses.items():
         assert gpu_losses[name].item() == pytest.approx(value.item(), rel=1e-4), name
     whole = sum(g.double().norm() ** 2 for g in cpu_grads.values()) ** 0.5
-    off = sum((gpu_grads[name].cpu() - g).double().norm() ** 2 for name, g in cpu_grads.items()) ** 0.5
+    off = (
+        sum((gpu_grads[name].cpu() - g).double().norm() ** 2 for name, g in cpu_grads.items())
+        ** 0.5
+    )
     assert off < 1e-3 * whole
 
 
@@ -48,5 +56,7 @@ def test_training_in_every_precision_and_evaluation(amp: str) -> None:
     steps = [trainer.train_step(images, targets, 12) for _ in range(30)]
     losses = [values["loss"] for values in steps if "loss" in values]
     assert len(losses) >= 15 and losses[-1] < 0.8 * losses[0]
-    metrics, _ = evaluate(trainer.model, ShapesDataset("demo", "val", 5), here, batch_size=2, amp=amp, progress=False)
+    metrics, _ = evaluate(
+        trainer.model, ShapesDataset("demo", "val", 5), here, batch_size=2, amp=amp, progress=False
+    )
     assert 0 <= metrics["AP"] <= 1 and metrics["speed"]["fps"] > 0

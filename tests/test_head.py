@@ -7,20 +7,35 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from head import DELTA_WEIGHTS, DynamicHead, DynamicInteraction, RoIPooler, Stage, apply_deltas, to_channels_first
+from head import (
+    DELTA_WEIGHTS,
+    DynamicHead,
+    DynamicInteraction,
+    RoIPooler,
+    Stage,
+    apply_deltas,
+    to_channels_first,
+)
 
 B, N, C, D, K, S, R = 2, 5, 16, 4, 3, 4, 3
 
 
 def make_head(num_stages: int = S) -> DynamicHead:
-    stages = [Stage(C, K, num_heads=4, ffn_dim=24, interaction=DynamicInteraction(C, D, R)) for _ in range(num_stages)]
+    stages = [
+        Stage(C, K, num_heads=4, ffn_dim=24, interaction=DynamicInteraction(C, D, R))
+        for _ in range(num_stages)
+    ]
     return DynamicHead(stages, RoIPooler(R))
 
 
 def make_proposals() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     pyramid = [torch.randn(B, C, 128 // stride, 192 // stride) for stride in (4, 8, 16, 32)]
     corners = torch.rand(B, N, 2) * 60
-    return pyramid, torch.cat((corners, corners + 10 + torch.rand(B, N, 2) * 50), -1), torch.randn(B, N, C)
+    return (
+        pyramid,
+        torch.cat((corners, corners + 10 + torch.rand(B, N, 2) * 50), -1),
+        torch.randn(B, N, C),
+    )
 
 
 def test_the_shapes_that_are_documented() -> None:
@@ -30,7 +45,11 @@ def test_the_shapes_that_are_documented() -> None:
     logits, refined, obj_feats = head.stages[0](head.pooler(pyramid, boxes), boxes, feats)
     assert (logits.shape, refined.shape, obj_feats.shape) == ((B, N, K), (B, N, 4), (B, N, C))
     logits, refined = head(pyramid, boxes, feats)
-    assert logits.shape == (S, B, N, K) and refined.shape == (S, B, N, 4) and refined.dtype == torch.float32
+    assert (
+        logits.shape == (S, B, N, K)
+        and refined.shape == (S, B, N, 4)
+        and refined.dtype == torch.float32
+    )
 
 
 def test_dynamic_interaction_is_two_convolutions_that_each_proposal_generates() -> None:
@@ -143,7 +162,9 @@ def test_initialisation_goes_by_name_whatever_the_number_of_classes(num_classes:
     stage = Stage(C, num_classes, num_heads=4, ffn_dim=24, prior_prob=0.01)
     assert torch.equal(stage.cls_logits.bias, torch.full((num_classes,), -math.log(99)))
     assert (stage.box_deltas.bias.abs() <= 1 / math.sqrt(C)).all() and stage.box_deltas.bias.any()
-    assert torch.equal(stage.attn_norm.weight, torch.ones(C)) and torch.equal(stage.attn_norm.bias, torch.zeros(C))
+    assert torch.equal(stage.attn_norm.weight, torch.ones(C)) and torch.equal(
+        stage.attn_norm.bias, torch.zeros(C)
+    )
     limit = math.sqrt(6 / (C + 24))
     assert limit * 0.95 < stage.ffn[0].weight.abs().max() <= limit  # Xavier-uniform
 
@@ -159,27 +180,38 @@ def test_the_interaction_can_be_replaced() -> None:
 
     stage = Stage(C, K, num_heads=4, ffn_dim=24, interaction=Static())
     logits, boxes, _ = stage(torch.randn(B * N, C, R, R), make_proposals()[1], torch.randn(B, N, C))
-    assert logits.shape == (B, N, K) and not any("linear1" in name for name, _ in stage.named_parameters())
+    assert logits.shape == (B, N, K) and not any(
+        "linear1" in name for name, _ in stage.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_regions_outside_of_the_image_have_a_finite_gradient_in_half_precision(dtype: torch.dtype) -> None:
+def test_regions_outside_of_the_image_have_a_finite_gradient_in_half_precision(
+    dtype: torch.dtype,
+) -> None:
     """All-zero bins: two norms of a zero variance multiply the gradient by 10⁵, beyond float16's range."""
     layers = DynamicInteraction(C, D, R)
     pro_feats, roi_feats = torch.randn(N, C, requires_grad=True), torch.randn(N, R * R, C)
     roi_feats[1] = 0
     for norm in (layers.norm1, layers.norm2):
-        nn.init.constant_(norm.bias, 0.1)  # as after some training: at 0 the ReLU would stop the gradient
+        nn.init.constant_(
+            norm.bias, 0.1
+        )  # as after some training: at 0 the ReLU would stop the gradient
     with torch.autocast("cpu", dtype):
         out = layers(pro_feats.to(dtype), roi_feats.to(dtype))
     (out.float() * 50).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in layers.parameters()) and torch.isfinite(pro_feats.grad).all()
+    assert (
+        all(torch.isfinite(p.grad).all() for p in layers.parameters())
+        and torch.isfinite(pro_feats.grad).all()
+    )
     exact = layers(pro_feats, roi_feats)
     assert (out - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(B, C, 70, 65), (1, C, 2, 3), (B, C, 1, 1)])  # 70·65: copied in blocks
+@pytest.mark.parametrize(
+    "shape", [(B, C, 70, 65), (1, C, 2, 3), (B, C, 1, 1)]
+)  # 70·65: copied in blocks
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_maps_become_channels_first_with_their_gradients(
     dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format

@@ -22,7 +22,9 @@ def model() -> SparseRCNN:
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def test_detections_are_in_torchvisions_form(model: SparseRCNN) -> None:
@@ -35,7 +37,11 @@ def test_detections_are_in_torchvisions_form(model: SparseRCNN) -> None:
         boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
         assert len(boxes) == len(scores) == len(labels) <= TINY.num_proposals
         assert boxes.dtype == scores.dtype == torch.float32 and labels.dtype == torch.int64
-        assert (boxes >= 0).all() and (boxes[:, 0::2] <= width).all() and (boxes[:, 1::2] <= height).all()
+        assert (
+            (boxes >= 0).all()
+            and (boxes[:, 0::2] <= width).all()
+            and (boxes[:, 1::2] <= height).all()
+        )
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert (scores[:-1] >= scores[1:]).all()
         assert set(labels.tolist()) <= set(range(TINY.num_classes))
@@ -46,18 +52,25 @@ def test_selection_is_the_best_n_of_all_proposals_and_classes() -> None:
     boxes[..., 2:] += 25
     found = SparseRCNN.detections(logits, boxes, torch.tensor([[50.0, 40.0, 50.0, 40.0]] * 2))
     for b in range(2):
-        ranked = sorted(((logits[b, n, k].sigmoid().item(), n, k) for n in range(5) for k in range(3)), reverse=True)[
-            :5
-        ]
+        ranked = sorted(
+            ((logits[b, n, k].sigmoid().item(), n, k) for n in range(5) for k in range(3)),
+            reverse=True,
+        )[:5]
         assert found[b]["scores"].tolist() == pytest.approx([score for score, _, _ in ranked])
         assert found[b]["labels"].tolist() == [k for _, _, k in ranked]
         limits = torch.tensor([50.0, 40.0, 50.0, 40.0])
-        assert torch.equal(found[b]["boxes"], torch.stack([boxes[b, n].minimum(limits) for _, n, _ in ranked]))
+        assert torch.equal(
+            found[b]["boxes"], torch.stack([boxes[b, n].minimum(limits) for _, n, _ in ranked])
+        )
 
 
 def test_boxes_without_area_after_clipping_are_dropped() -> None:
-    boxes = torch.tensor([[[60.0, 5.0, 80.0, 20.0], [5.0, 5.0, 20.0, 20.0]]])  # the first is right of the image
-    found = SparseRCNN.detections(torch.zeros(1, 2, 1), boxes, torch.tensor([[50.0, 40.0, 50.0, 40.0]]))
+    boxes = torch.tensor(
+        [[[60.0, 5.0, 80.0, 20.0], [5.0, 5.0, 20.0, 20.0]]]
+    )  # the first is right of the image
+    found = SparseRCNN.detections(
+        torch.zeros(1, 2, 1), boxes, torch.tensor([[50.0, 40.0, 50.0, 40.0]])
+    )
     assert found[0]["boxes"].tolist() == [[5.0, 5.0, 20.0, 20.0]]
 
 
@@ -65,7 +78,9 @@ def test_uint8_and_float_images_are_the_same(model: SparseRCNN) -> None:
     picture = image(64, 80)
     with torch.no_grad():
         a, b = model.stages([picture]), model.stages([picture.float() / 255])
-    assert torch.allclose(a.logits, b.logits, atol=1e-5) and torch.allclose(a.boxes, b.boxes, atol=1e-3)
+    assert torch.allclose(a.logits, b.logits, atol=1e-5) and torch.allclose(
+        a.boxes, b.boxes, atol=1e-3
+    )
 
 
 def test_stages_have_the_documented_shapes(model: SparseRCNN) -> None:
@@ -88,7 +103,10 @@ def test_images_are_padded_on_the_right_and_bottom_and_never_resized(model: Spar
 
 def test_proposals_start_as_the_whole_image(model: SparseRCNN) -> None:
     boxes = model.initial_boxes_px(torch.tensor([[30.0, 20.0, 30.0, 20.0]]))
-    assert boxes.shape == (1, TINY.num_proposals, 4) and (boxes == torch.tensor([0.0, 0.0, 30.0, 20.0])).all()
+    assert (
+        boxes.shape == (1, TINY.num_proposals, 4)
+        and (boxes == torch.tensor([0.0, 0.0, 30.0, 20.0])).all()
+    )
 
 
 def test_train_mode_gives_losses_for_every_stage() -> None:
@@ -96,10 +114,14 @@ def test_train_mode_gives_losses_for_every_stage() -> None:
     target = {**objects(3, TINY.num_classes, 90, 70), "image_id": 5}
     target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(70, 90))
     losses = model([image(70, 90)], [target])
-    assert set(losses) == {f"loss_{k}_{s}" for k in ("cls", "l1", "giou") for s in range(TINY.num_stages)}
+    assert set(losses) == {
+        f"loss_{k}_{s}" for k in ("cls", "l1", "giou") for s in range(TINY.num_stages)
+    }
     assert all(type(loss) is torch.Tensor and loss.dim() == 0 for loss in losses.values())
     sum(losses.values()).backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # what DDP insists on
+    assert all(
+        p.grad is not None for p in model.parameters() if p.requires_grad
+    )  # what DDP insists on
 
 
 def test_num_objects_scales_the_losses() -> None:
@@ -120,7 +142,10 @@ def test_overfits_one_image_with_two_objects() -> None:
     model = build_model(replace(TINY, hidden_dim=32, dynamic_dim=8, num_stages=3)).train()
     picture = torch.full((3, 64, 64), 60, dtype=torch.uint8)
     picture[0, 8:30, 6:34], picture[2, 36:60, 30:52] = 220, 240
-    target = {"boxes": torch.tensor([[6.0, 8.0, 34.0, 30.0], [30.0, 36.0, 52.0, 60.0]]), "labels": torch.tensor([2, 0])}
+    target = {
+        "boxes": torch.tensor([[6.0, 8.0, 34.0, 30.0], [30.0, 36.0, 52.0, 60.0]]),
+        "labels": torch.tensor([2, 0]),
+    }
     steps = 250
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -142,9 +167,21 @@ def ap_of(found: dict, target: dict) -> float:
         "images": [{"id": 1, "width": 64, "height": 64}],
         "categories": [{"id": k, "name": str(k)} for k in range(3)],
         "annotations": [
-            {"id": i, "image_id": 1, "category_id": k, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            {
+                "id": i,
+                "image_id": 1,
+                "category_id": k,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
             for i, (box, k) in enumerate(
-                zip(box_convert(target["boxes"], "xyxy", "xywh").tolist(), target["labels"].tolist(), strict=True), 1
+                zip(
+                    box_convert(target["boxes"], "xyxy", "xywh").tolist(),
+                    target["labels"].tolist(),
+                    strict=True,
+                ),
+                1,
             )
         ],
     }
@@ -152,7 +189,9 @@ def ap_of(found: dict, target: dict) -> float:
     boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
     detections = [
         {"image_id": 1, "category_id": k, "bbox": box, "score": score}
-        for box, score, k in zip(boxes, found["scores"].tolist(), found["labels"].tolist(), strict=True)
+        for box, score, k in zip(
+            boxes, found["scores"].tolist(), found["labels"].tolist(), strict=True
+        )
     ]
     return coco_metrics(ground_truth, detections)["AP"]
 
@@ -165,8 +204,16 @@ def ap_of(found: dict, target: dict) -> float:
         ([torch.randint(9, (3, 32, 32))], [objects(1, 3, 20, 20)], "torch.int64"),
         ([torch.rand(3, 32, 32)], None, "targets"),
         ([torch.rand(3, 32, 32)], [], "1 images but 0 targets"),
-        ([torch.rand(3, 64, 64)], [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1, 3])}], "start at 0"),
-        ([torch.rand(3, 64, 64)], [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1])}], "boxes (2, 4)"),
+        (
+            [torch.rand(3, 64, 64)],
+            [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1, 3])}],
+            "start at 0",
+        ),
+        (
+            [torch.rand(3, 64, 64)],
+            [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1])}],
+            "boxes (2, 4)",
+        ),
     ],
 )
 def test_wrong_input_is_explained(images, targets, words: str) -> None:

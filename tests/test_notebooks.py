@@ -8,7 +8,9 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # A path from the root of somebody's machine; a URL's path and `../assets` have something before their slash.
-MACHINE_PATH = re.compile(r"(?<![\w.~\-/])/(work|tmp|home|root|Users|usr|opt|var|mnt|content)\b|\b[A-Z]:\\\\")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~\-/])/(work|tmp|home|root|Users|usr|opt|var|mnt|content)\b|\b[A-Z]:\\\\"
+)
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
@@ -24,8 +26,17 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     for output in outputs:
         if output.output_type == "error" or output.get("name") == "stderr":
             found.append(f"an error or a warning: {output}")
-    data = [value for output in outputs for kind, value in output.get("data", {}).items() if kind.startswith("text/")]
-    for text in [cell.source for cell in notebook.cells] + [output.get("text", "") for output in outputs] + data:
+    data = [
+        value
+        for output in outputs
+        for kind, value in output.get("data", {}).items()
+        if kind.startswith("text/")
+    ]
+    for text in (
+        [cell.source for cell in notebook.cells]
+        + [output.get("text", "") for output in outputs]
+        + data
+    ):
         if match := MACHINE_PATH.search(text):
             found.append(f"a path of one machine: {text[match.start() :][:60]}")
     return found
@@ -49,7 +60,9 @@ def test_unsound_notebooks_are_noticed() -> None:
     stream = {"output_type": "stream", "text": "1"}
 
     def notebook(source: str = "1", count: int = 1, **output) -> nbformat.NotebookNode:
-        outputs = [nbformat.v4.new_output(**(output if "output_type" in output else stream | output))]
+        outputs = [
+            nbformat.v4.new_output(**(output if "output_type" in output else stream | output))
+        ]
         cell = nbformat.v4.new_code_cell(source, execution_count=count, outputs=outputs)
         return nbformat.v4.new_notebook(cells=[cell])
 
@@ -61,5 +74,10 @@ def test_unsound_notebooks_are_noticed() -> None:
     assert problems(notebook(source='open("/tmp/a")')) != []
     assert problems(notebook(text="written: /home/me/a")) != []
     assert (
-        problems(notebook(output_type="display_data", data={"text/plain": "PosixPath('/root/a')"}, metadata={})) != []
+        problems(
+            notebook(
+                output_type="display_data", data={"text/plain": "PosixPath('/root/a')"}, metadata={}
+            )
+        )
+        != []
     )

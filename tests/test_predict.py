@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import load_model
-from config import UserError
-from predict import Predictor, main, output_names, to_image
+from predict import Predictor, main, output_names
 from shapes import ShapesDataset
+from support.checkpoint import load_model
+from support.errors import UserError
+from support.pictures import to_image
 from tools import export
 from visualize import colour
 
@@ -35,15 +36,21 @@ def shape() -> Image.Image:
 
 
 def run(*arguments: object) -> int:
-    return main([*map(str, arguments), "--weights", str(WEIGHTS), "--device", "cpu", "--workers", "0"])
+    return main(
+        [*map(str, arguments), "--weights", str(WEIGHTS), "--device", "cpu", "--workers", "0"]
+    )
 
 
 def same(a: dict, b: dict, boxes_px: float = 0.05) -> None:
     assert a["names"] == b["names"] and len(a["names"])
-    assert (a["boxes"] - b["boxes"]).abs().max() < boxes_px and (a["scores"] - b["scores"]).abs().max() < 1e-4
+    assert (a["boxes"] - b["boxes"]).abs().max() < boxes_px and (
+        a["scores"] - b["scores"]
+    ).abs().max() < 1e-4
 
 
-def test_detections_are_the_models_own_and_find_the_objects(predictor: Predictor, shape: Image.Image) -> None:
+def test_detections_are_the_models_own_and_find_the_objects(
+    predictor: Predictor, shape: Image.Image
+) -> None:
     found = predictor(shape)
     model, _ = load_model(WEIGHTS)
     with torch.inference_mode():
@@ -52,7 +59,11 @@ def test_detections_are_the_models_own_and_find_the_objects(predictor: Predictor
     names = ["ellipse", "rectangle", "triangle"]
     expected = {key: value[:count] for key, value in expected.items()}
     same(
-        found, {**{k: v[:count] for k, v in expected.items()}, "names": [names[i] for i in expected["labels"][:count]]}
+        found,
+        {
+            **{k: v[:count] for k, v in expected.items()},
+            "names": [names[i] for i in expected["labels"][:count]],
+        },
     )
     target = ShapesDataset("demo", "val", 2)[1][1]
     assert sorted(found["labels"].tolist()) == sorted(target["labels"].tolist())
@@ -71,11 +82,15 @@ FORMS: dict[str, Callable[[Image.Image], object]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_picture_gives_the_same(predictor: Predictor, shape: Image.Image, form: str) -> None:
+def test_every_form_of_a_picture_gives_the_same(
+    predictor: Predictor, shape: Image.Image, form: str
+) -> None:
     same(predictor(FORMS[form](shape)), predictor(shape))
 
 
-def test_grey_pictures_of_every_form_give_the_same(predictor: Predictor, shape: Image.Image, tmp_path: Path) -> None:
+def test_grey_pictures_of_every_form_give_the_same(
+    predictor: Predictor, shape: Image.Image, tmp_path: Path
+) -> None:
     grey = shape.convert("L")
     deep = np.array(grey).astype(np.uint16) * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -90,7 +105,9 @@ def test_grey_pictures_of_every_form_give_the_same(predictor: Predictor, shape: 
         same(predictor(form), expected)
 
 
-def test_files_of_every_format_and_orientation(predictor: Predictor, shape: Image.Image, tmp_path: Path) -> None:
+def test_files_of_every_format_and_orientation(
+    predictor: Predictor, shape: Image.Image, tmp_path: Path
+) -> None:
     shape.save(tmp_path / "a.png")
     shape.save(tmp_path / "a.webp", lossless=True)
     exif = Image.Exif()
@@ -102,13 +119,19 @@ def test_files_of_every_format_and_orientation(predictor: Predictor, shape: Imag
         same(predictor(tmp_path / name), expected)
     same(predictor(Image.open(tmp_path / "turned.png")), expected)
     found = predictor(str(tmp_path / "a.jpg"))
-    assert found["names"] == expected["names"] and (found["boxes"] - expected["boxes"]).abs().max() < 2
+    assert (
+        found["names"] == expected["names"] and (found["boxes"] - expected["boxes"]).abs().max() < 2
+    )
 
 
-def test_boxes_are_in_the_pixels_of_the_picture_given(predictor: Predictor, shape: Image.Image) -> None:
+def test_boxes_are_in_the_pixels_of_the_picture_given(
+    predictor: Predictor, shape: Image.Image
+) -> None:
     found = predictor(shape)
     twice = predictor(shape.resize((192, 192), Image.Resampling.BICUBIC))
-    assert twice["names"] == found["names"] and (twice["boxes"] / 2 - found["boxes"]).abs().max() < 2
+    assert (
+        twice["names"] == found["names"] and (twice["boxes"] / 2 - found["boxes"]).abs().max() < 2
+    )
 
 
 def test_a_list_gives_a_list_and_sizes_do_not_mix(shape: Image.Image) -> None:
@@ -123,7 +146,9 @@ def test_a_list_gives_a_list_and_sizes_do_not_mix(shape: Image.Image) -> None:
 def test_threshold_and_classes(shape: Image.Image) -> None:
     everything = Predictor(WEIGHTS, device="cpu", score_threshold=0.0)(shape)
     assert len(everything["names"]) == 20 and (everything["scores"].diff() <= 0).all()
-    some = Predictor(WEIGHTS, device="cpu", score_threshold=0.0, classes=["triangle", "ellipse"])(shape)
+    some = Predictor(WEIGHTS, device="cpu", score_threshold=0.0, classes=["triangle", "ellipse"])(
+        shape
+    )
     assert set(some["names"]) == {"triangle", "ellipse"}
     assert len(some["names"]) == sum(name != "rectangle" for name in everything["names"])
     with pytest.raises(UserError, match=r"'cat'.*ellipse, rectangle, triangle"):
@@ -148,7 +173,9 @@ def test_what_is_no_picture_is_refused(image: object, words: str) -> None:
         to_image(image)
 
 
-def test_the_command_line_on_a_folder_with_a_broken_file(shape: Image.Image, tmp_path: Path) -> None:
+def test_the_command_line_on_a_folder_with_a_broken_file(
+    shape: Image.Image, tmp_path: Path
+) -> None:
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     shape.save(folder / "a.png")
@@ -157,7 +184,14 @@ def test_the_command_line_on_a_folder_with_a_broken_file(shape: Image.Image, tmp
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     (folder / "notes.txt").write_text("not taken")
     (folder / ".hidden.png").write_bytes(b"not taken")
-    command = [sys.executable, str(ROOT / "predict.py"), str(folder), str(folder / "a.png"), "--weights", str(WEIGHTS)]
+    command = [
+        sys.executable,
+        str(ROOT / "predict.py"),
+        str(folder),
+        str(folder / "a.png"),
+        "--weights",
+        str(WEIGHTS),
+    ]
     done = subprocess.run(
         [*command, "--output", str(output), "--device", "cpu", "--stages", "--workers", "2", "--batch-size", "2"],
         cwd=tmp_path, capture_output=True, text=True,
@@ -173,7 +207,14 @@ def test_the_command_line_on_a_folder_with_a_broken_file(shape: Image.Image, tmp
     assert records[1]["names"] == expected["names"]
     assert np.abs(np.array(records[1]["boxes"]) - expected["boxes"].numpy()).max() < 0.05
     written = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.png"))
-    assert written == ["A.png", "a_2.png", "one.png", "stages/A.png", "stages/a_2.png", "stages/one.png"]
+    assert written == [
+        "A.png",
+        "a_2.png",
+        "one.png",
+        "stages/A.png",
+        "stages/a_2.png",
+        "stages/one.png",
+    ]
     picture = np.asarray(Image.open(output / "a_2.png").convert("RGB")).astype(int)
     assert picture.shape == (480, 480, 3)
     # The boxes are drawn where they are: pixels of the class's colour on the upper side of the first box.
@@ -183,7 +224,9 @@ def test_the_command_line_on_a_folder_with_a_broken_file(shape: Image.Image, tmp
     assert (np.abs(side - drawn).max(-1) < 30).any()
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the filter of data.py
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # pytest undoes the filter of data.py
 def test_a_very_large_picture(tmp_path: Path) -> None:
     Image.new("RGB", (12_000, 9_000), (90, 120, 60)).save(tmp_path / "large.jpg", quality=60)
     assert run(tmp_path / "large.jpg", "--output", tmp_path / "out") == 0
@@ -214,7 +257,9 @@ def test_output_names_never_collide() -> None:
     assert output_names(files) == ["a", "a_2", "A_3", "a_2_2", "b"]
 
 
-def test_an_onnx_file_takes_the_place_of_the_checkpoint(predictor, shape, tmp_path: Path, capsys) -> None:
+def test_an_onnx_file_takes_the_place_of_the_checkpoint(
+    predictor, shape, tmp_path: Path, capsys
+) -> None:
     shape.crop((0, 0, 96, 70)).save(tmp_path / "a.png")
     export.main([str(WEIGHTS), str(tmp_path / "model.onnx")])
     onnx = ["--weights", str(tmp_path / "model.onnx"), "--device", "cpu", "--workers", "0"]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
-from checkpoint import PUBLISHED, Published, load_checkpoint, load_model, save_checkpoint
-from config import UserError
 from model import build_model
+from support import checkpoint
+from support.checkpoint import PUBLISHED, Published, load_checkpoint, load_model, save_checkpoint
+from support.errors import UserError
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -70,11 +70,15 @@ def cached(tmp_path: Path) -> list[str]:
 
 
 def test_the_table_has_the_papers_four_models() -> None:
-    assert list(PUBLISHED) == [f"sparse-rcnn-{backbone}-{n}" for backbone in ("r50", "r101") for n in (100, 300)]
+    assert list(PUBLISHED) == [
+        f"sparse-rcnn-{backbone}-{n}" for backbone in ("r50", "r101") for n in (100, 300)
+    ]
     for name, (url, sha256) in PUBLISHED.items():
         backbone, number = re.fullmatch(r"sparse-rcnn-(r\d+)-(\d+)", name).groups()
         release = "https://github.com/PeizeSun/SparseR-CNN/releases/download/v0.1/"
-        assert url == f"{release}{backbone}_{number}pro_3x_model.pth" and sha256 is None  # none is known
+        assert (
+            url == f"{release}{backbone}_{number}pro_3x_model.pth" and sha256 is None
+        )  # none is known
 
 
 def test_a_name_is_downloaded_once(server: str, tiny: bytes, tmp_path: Path, monkeypatch) -> None:
@@ -83,7 +87,9 @@ def test_a_name_is_downloaded_once(server: str, tiny: bytes, tmp_path: Path, mon
     for _ in range(2):
         model, rest = load_model("sparse-rcnn-r50-100")
     assert Handler.requests == ["/r50.pth"] and cached(tmp_path) == ["r50.pth"]
-    assert rest["class_names"] == ["a", "b", "c"] and len(model.proposal_boxes) == TINY.num_proposals
+    assert (
+        rest["class_names"] == ["a", "b", "c"] and len(model.proposal_boxes) == TINY.num_proposals
+    )
 
 
 @pytest.mark.parametrize("how", ["cut", "corrupted", "missing", "no pickle", "checksum"])
@@ -103,7 +109,9 @@ def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(
     elif how == "no pickle":
         Handler.files["/r50.pth"] = b"<html>Please log in</html>"
     where = re.escape(str(tmp_path / "hub" / "checkpoints" / "r50.pth"))
-    with pytest.raises(UserError, match=rf"sparse-rcnn-r50-100: http://\S+/r50\.pth .*put that file at {where}"):
+    with pytest.raises(
+        UserError, match=rf"sparse-rcnn-r50-100: http://\S+/r50\.pth .*put that file at {where}"
+    ):
         load_checkpoint("sparse-rcnn-r50-100")
     assert cached(tmp_path) == []
     Handler.files["/r50.pth"], Handler.cut = tiny, set()
@@ -116,21 +124,29 @@ def test_an_unreachable_host(server: str, tmp_path: Path, monkeypatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         publish(monkeypatch, f"http://127.0.0.1:{free.getsockname()[1]}/r50.pth")
-    with pytest.raises(UserError, match=r"could not be downloaded.*put that file at .*hub/checkpoints/r50\.pth"):
+    with pytest.raises(
+        UserError, match=r"could not be downloaded.*put that file at .*hub/checkpoints/r50\.pth"
+    ):
         load_checkpoint("sparse-rcnn-r50-100")
 
 
-def test_a_file_in_the_cache_is_used_and_a_damaged_one_is_named(server: str, tiny: bytes, tmp_path: Path) -> None:
+def test_a_file_in_the_cache_is_used_and_a_damaged_one_is_named(
+    server: str, tiny: bytes, tmp_path: Path
+) -> None:
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     file = folder / "r101_300pro_3x_model.pth"
     file.write_bytes(tiny)
     assert checkpoint.load_checkpoint("sparse-rcnn-r101-300")["class_names"] == ["a", "b", "c"]
     file.write_bytes(tiny[:-50])
-    with pytest.raises(UserError, match=rf"{re.escape(str(file))}: cannot be read.*replace the file"):
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(file))}: cannot be read.*replace the file"
+    ):
         load_checkpoint("sparse-rcnn-r101-300")
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UserError, match="sparse-rcnn-r50-200: no such checkpoint.*sparse-rcnn-r50-100"):
+    with pytest.raises(
+        UserError, match="sparse-rcnn-r50-200: no such checkpoint.*sparse-rcnn-r50-100"
+    ):
         load_checkpoint("sparse-rcnn-r50-200")

@@ -32,12 +32,17 @@ def test_every_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert len(blocks) >= 4
-    assert set(names["found"]) >= {"boxes", "scores", "names"} and set(names["detections"][0]) >= {"boxes", "scores"}
+    assert set(names["found"]) >= {"boxes", "scores", "names"} and set(names["detections"][0]) >= {
+        "boxes",
+        "scores",
+    }
     assert names["logits"].shape == (6, 2, 100, 80) and len(names["losses"]) == 18
 
 
 def test_files_that_are_named_are_there() -> None:
-    named = set(re.findall(r"`((?:tests|tools|notebooks|assets)?/?[\w/]+\.(?:py|md|ipynb))`", README))
+    named = set(
+        re.findall(r"`((?:tests|tools|notebooks|assets)?/?[\w/]+\.(?:py|md|ipynb))`", README)
+    )
     assert len(named) > 10
     for path in named | set(re.findall(r"\]\((assets/[^)]+)\)", README)):
         assert (ROOT / path).exists() or list(ROOT.glob(f"*/{path}")), path
@@ -45,14 +50,21 @@ def test_files_that_are_named_are_there() -> None:
 
 def test_flags_that_are_shown_exist() -> None:
     shown: dict[str, set[str]] = {}
-    for command in re.findall(r"(?:python|torchrun)[^`\n]*?((?:\w+\.py|-m tools\.\w+)(?:[^`\n]|\\\n)*)", README):
+    for command in re.findall(
+        r"(?:python|torchrun)[^`\n]*?((?:\w+\.py|-m tools\.\w+)(?:[^`\n]|\\\n)*)", README
+    ):
         program = re.match(r"\w+\.py|-m tools\.\w+", command)[0]
-        shown.setdefault(program, set()).update(re.findall(r"(?<= )--[a-z-]+", command.split("#")[0]))
+        shown.setdefault(program, set()).update(
+            re.findall(r"(?<= )--[a-z-]+", command.split("#")[0])
+        )
     assert {"train.py", "evaluate.py", "predict.py", "visualize.py"} <= set(shown)
     for program, flags in shown.items():
         if flags:
             done = subprocess.run(
-                [sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True, text=True
+                [sys.executable, *program.split(), "--help"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
             )
             missing = [flag for flag in flags if flag not in done.stdout]
             assert not missing, (program, missing)

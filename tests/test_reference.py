@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from config import Config
-from data import usable_workers
 from model import SparseRCNN, build_model
-from tools.convert import convert_checkpoint, rename
+from support.convert import convert_checkpoint, rename
+from support.loader import usable_workers
 
 FOLDER = Path(__file__).parent / "reference"
 CASES = {"r50_100": "official", "r50_100_batch": "official", "mmdet_r50_100": "mmdet"}
@@ -56,11 +56,18 @@ def weights(case: str) -> dict[str, torch.Tensor]:
 def run(case: str) -> SimpleNamespace:
     """One forward pass of a case, and where it stores losses, one backward pass."""
     torch.set_num_threads(min(8, usable_workers(8)))
-    expected, recorded = json.loads((FOLDER / f"{case}.json").read_text()), dict(np.load(FOLDER / f"{case}.npz"))
+    expected, recorded = (
+        json.loads((FOLDER / f"{case}.json").read_text()),
+        dict(np.load(FOLDER / f"{case}.npz")),
+    )
     model = build_model(Config(), pretrained_backbone=False)
     model.load_state_dict(convert_checkpoint(weights(case)))
     images = [
-        torch.from_numpy(np.random.default_rng([expected["seed"], h, w]).integers(0, 256, (3, h, w)).astype(np.uint8))
+        torch.from_numpy(
+            np.random.default_rng([expected["seed"], h, w])
+            .integers(0, 256, (3, h, w))
+            .astype(np.uint8)
+        )
         for h, w in expected["sizes"]
     ]
     model.eval()
@@ -108,7 +115,9 @@ def test_every_stage_equals_the_authors(case: str) -> None:
 def test_pyramid_statistics_equal_the_authors(case: str) -> None:
     result = run(case)
     for level, features in enumerate(result.pyramid, start=2):
-        assert np.abs(features.mean((2, 3)).numpy() - result.recorded[f"mean_p{level}"]).max() < 1e-4
+        assert (
+            np.abs(features.mean((2, 3)).numpy() - result.recorded[f"mean_p{level}"]).max() < 1e-4
+        )
         assert np.abs(features.std((2, 3)).numpy() - result.recorded[f"std_p{level}"]).max() < 1e-4
 
 
@@ -127,7 +136,9 @@ def test_all_18_losses_equal_the_authors(case: str) -> None:
     assert len(result.losses) == len(result.expected["losses"]) == 18
     for name, value in result.expected["losses"].items():
         _, kind, *stage = name.split("_")
-        assert result.losses[f"loss_{ours[kind]}_{stage[0] if stage else 5}"].item() == pytest.approx(value, rel=1e-4)
+        assert result.losses[
+            f"loss_{ours[kind]}_{stage[0] if stage else 5}"
+        ].item() == pytest.approx(value, rel=1e-4)
 
 
 @AUTHORS
@@ -139,7 +150,9 @@ def test_gradients_and_frozen_parameters_equal_the_authors(case: str) -> None:
         assert parameter.requires_grad == (name in norms), name
         if name in norms:
             # An FPN level without RoIs has a gradient of exactly 0, not none.
-            assert parameter.grad.double().norm().item() == pytest.approx(norms[name], rel=1e-3, abs=1e-6), name
+            assert parameter.grad.double().norm().item() == pytest.approx(
+                norms[name], rel=1e-3, abs=1e-6
+            ), name
 
 
 def test_detections_equal_mmdetection() -> None:
@@ -155,7 +168,9 @@ def test_detections_equal_mmdetection() -> None:
 
 def test_images_of_equal_padded_size_are_the_same_alone_and_together() -> None:
     model: SparseRCNN = run("r50_100").model
-    images = [torch.randint(256, (3, *hw), dtype=torch.uint8) for hw in ((90, 120), (96, 128), (70, 100))]
+    images = [
+        torch.randint(256, (3, *hw), dtype=torch.uint8) for hw in ((90, 120), (96, 128), (70, 100))
+    ]
     with torch.no_grad():
         together = model.stages(images)
         for i, image in enumerate(images):

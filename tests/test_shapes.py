@@ -13,8 +13,8 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 import shapes
-from config import UserError
 from shapes import ShapesDataset
+from support.errors import UserError
 
 LENGTH = 400
 # level: (classes at least, most objects, shortest and longest side in pixels, largest IoU), as shapes.py states them
@@ -58,13 +58,22 @@ def test_interface(level: str) -> None:
     assert len(data.class_names) == len(set(data.class_names)) >= classes
     assert data.category_ids == tuple(range(1, len(data.class_names) + 1))
     for index, (image, target) in enumerate(pictures(level)):
-        assert isinstance(image, tv_tensors.Image) and image.dtype == torch.uint8 and image.shape == (3, 96, 96)
+        assert (
+            isinstance(image, tv_tensors.Image)
+            and image.dtype == torch.uint8
+            and image.shape == (3, 96, 96)
+        )
         boxes, labels = target["boxes"], target["labels"]
-        assert isinstance(boxes, tv_tensors.BoundingBoxes) and boxes.canvas_size == target["size_hw"] == (96, 96)
+        assert isinstance(boxes, tv_tensors.BoundingBoxes) and boxes.canvas_size == target[
+            "size_hw"
+        ] == (96, 96)
         assert boxes.dtype == torch.float32 and boxes.format == tv_tensors.BoundingBoxFormat.XYXY
         assert labels.dtype == torch.int64 and boxes.shape == (len(labels), 4)
         assert type(target["image_id"]) is int and target["image_id"] == data.image_ids[index]
-        assert data.objects_per_image[index] == len(labels) and tuple(data.sizes_hw[index]) == (96, 96)
+        assert data.objects_per_image[index] == len(labels) and tuple(data.sizes_hw[index]) == (
+            96,
+            96,
+        )
     assert data.objects_per_image.shape == (LENGTH,) and data.sizes_hw.shape == (LENGTH, 2)
     # Counts and classes are uniform: a chi-squared test, its p fixed by the seed.
     counts = np.bincount(data.objects_per_image, minlength=most + 1)
@@ -116,8 +125,13 @@ def test_large_objects_come_first_and_no_box_is_covered_by_the_later_ones(level:
         boxes = shapes.draw_layout(rng, shapes.LEVELS[level])[0].astype(float)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         assert (np.diff(areas) <= 1e-2).all()
-        corners = np.maximum(boxes[:, None, :2], boxes[:, :2]), np.minimum(boxes[:, None, 2:], boxes[:, 2:])
-        shared = np.triu((corners[1] - corners[0]).clip(0).prod(axis=2), k=1)  # (M, M), with later boxes only
+        corners = (
+            np.maximum(boxes[:, None, :2], boxes[:, :2]),
+            np.minimum(boxes[:, None, 2:], boxes[:, 2:]),
+        )
+        shared = np.triu(
+            (corners[1] - corners[0]).clip(0).prod(axis=2), k=1
+        )  # (M, M), with later boxes only
         most_hidden = max(most_hidden, (shared.sum(axis=1) / areas).max())
     assert most_hidden < 0.75 + 1e-4
 
@@ -135,7 +149,9 @@ def test_boxes_are_tight_and_amodal(level: str) -> None:
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
 @pytest.mark.parametrize("whs", [*itertools.product((9.6, 48.0), repeat=2)])
-def test_the_most_extreme_boxes_are_tight_wherever_they_lie(name: str, whs: tuple[float, float]) -> None:
+def test_the_most_extreme_boxes_are_tight_wherever_they_lie(
+    name: str, whs: tuple[float, float]
+) -> None:
     rng = np.random.default_rng(0)
     for _ in range(40):
         corner = rng.uniform(0, 96 - np.array(whs))
@@ -166,7 +182,11 @@ def test_shapes_cover_the_area_that_geometry_says(name: str) -> None:
     assert black[0].sum() / 200 == pytest.approx(AREAS[name] * area_px, rel=0.03)
     partial = (black[0] > 10) & (black[0] < 170)
     assert partial.any(), "edges should be anti-aliased"
-    assert (black[:, ~mask(box, name)] <= 25.5).all() and not black[:, :20].any() and not black[:, :, 54:].any()
+    assert (
+        (black[:, ~mask(box, name)] <= 25.5).all()
+        and not black[:, :20].any()
+        and not black[:, :, 54:].any()
+    )
 
 
 def test_demo_backgrounds_are_smooth_and_of_low_contrast() -> None:
@@ -224,15 +244,24 @@ def test_pictures_depend_on_level_split_and_index_alone(level: str) -> None:
     state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     other[0], other.coco(), other.objects_per_image
     assert torch.equal(state[0], torch.get_rng_state()) and random.getstate() == state[2]
-    assert np.array_equal(state[1], np.random.get_state()[1]), "global generators must be left alone"
+    assert np.array_equal(state[1], np.random.get_state()[1]), (
+        "global generators must be left alone"
+    )
 
 
 def test_a_worker_process_draws_the_same_pictures() -> None:
     loader = torch.utils.data.DataLoader(
-        ShapesDataset("demo", "train", 6), batch_size=None, num_workers=1, multiprocessing_context="fork"
+        ShapesDataset("demo", "train", 6),
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context="fork",
     )
-    for (image, target), (expected, expected_target) in zip(loader, pictures("demo")[:6], strict=True):
-        assert torch.equal(image, expected) and torch.equal(target["boxes"], expected_target["boxes"])
+    for (image, target), (expected, expected_target) in zip(
+        loader, pictures("demo")[:6], strict=True
+    ):
+        assert torch.equal(image, expected) and torch.equal(
+            target["boxes"], expected_target["boxes"]
+        )
 
 
 def test_changing_a_picture_in_place_does_not_change_the_data_set() -> None:
@@ -245,7 +274,12 @@ def test_changing_a_picture_in_place_does_not_change_the_data_set() -> None:
 def test_splits_and_levels_share_no_seed_and_no_picture() -> None:
     assert set(shapes.SEEDS) == set(itertools.product(PROMISED, ("train", "val")))
     assert len(set(shapes.SEEDS.values())) == 4
-    seen = [image.numpy().tobytes() for level in PROMISED for s in ("train", "val") for image, _ in pictures(level, s)]
+    seen = [
+        image.numpy().tobytes()
+        for level in PROMISED
+        for s in ("train", "val")
+        for image, _ in pictures(level, s)
+    ]
     assert len(set(seen)) == len(seen) == 4 * LENGTH
 
 
@@ -263,16 +297,25 @@ def test_coco_agrees_with_the_pictures(level: str, capsys: pytest.CaptureFixture
         anns = coco.imgToAnns[data.image_ids[index]]
         xyxy = v2.functional.convert_bounding_box_format(target["boxes"], new_format="XYWH").numpy()
         np.testing.assert_allclose([a["bbox"] for a in anns], xyxy, atol=1e-4)
-        assert [data.category_ids.index(a["category_id"]) for a in anns] == target["labels"].tolist()
-        assert all(a["iscrowd"] == 0 and a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3]) for a in anns)
+        assert [data.category_ids.index(a["category_id"]) for a in anns] == target[
+            "labels"
+        ].tolist()
+        assert all(
+            a["iscrowd"] == 0 and a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3])
+            for a in anns
+        )
         assert all(a["image_id"] == target["image_id"] for a in anns)
 
 
 def test_transforms_see_image_and_boxes() -> None:
-    flipped, target = ShapesDataset("demo", "train", 3, transforms=v2.RandomHorizontalFlip(p=1.0))[2]
+    flipped, target = ShapesDataset("demo", "train", 3, transforms=v2.RandomHorizontalFlip(p=1.0))[
+        2
+    ]
     image, plain = pictures("demo")[2]
     assert torch.equal(flipped, image.flip(-1))
-    mirrored = plain["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor([96, 0, 96, 0])
+    mirrored = plain["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor(
+        [96, 0, 96, 0]
+    )
     assert torch.allclose(target["boxes"], mirrored) and target["size_hw"] == (96, 96)
 
 

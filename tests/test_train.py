@@ -18,13 +18,14 @@ from conftest import TINY
 from test_distributed import torchrun
 
 import train
-from checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
-from config import PRESETS, Config, UserError
+from config import PRESETS, Config
 from data import CocoDataset, make_dataset
-from distributed import World
 from evaluate import evaluate
 from model import SparseRCNN, build_model
 from shapes import ShapesDataset
+from support.checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
+from support.distributed import World
+from support.errors import UserError
 from train import Trainer, main
 
 ROOT = Path(__file__).parents[1]
@@ -44,41 +45,96 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 def data_flags(train_set: tuple[Path, Path], val_set: tuple[Path, Path] | None = None) -> list[str]:
     flags = ["--train-json", str(train_set[0]), "--train-images", str(train_set[1])]
-    return flags + (["--val-json", str(val_set[0]), "--val-images", str(val_set[1])] if val_set else [])
+    return flags + (
+        ["--val-json", str(val_set[0]), "--val-images", str(val_set[1])] if val_set else []
+    )
 
 
 # --- the command line ---
 
 
-def test_a_run_on_ones_own_data_writes_what_the_contract_says(make_coco, tiny_flags: list[str], tmp_path: Path) -> None:
+def test_a_run_on_ones_own_data_writes_what_the_contract_says(
+    make_coco, tiny_flags: list[str], tmp_path: Path
+) -> None:
     """Odd category ids, another order of them in the validation file, and everything in the output folder."""
-    own = data_flags(make_coco("train", 8), make_coco("val", 3, categories={2: "cow", 9: "cat", 4: "dog"}))
+    own = data_flags(
+        make_coco("train", 8), make_coco("val", 3, categories={2: "cow", 9: "cat", 4: "dog"})
+    )
     output = tmp_path / "run"
-    command = [sys.executable, TRAIN, *tiny_flags, *own, "--epochs", "2", "--output", str(output), "--check-data"]
-    done = subprocess.run([*command, "--workers", "1"], cwd=tmp_path, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        TRAIN,
+        *tiny_flags,
+        *own,
+        "--epochs",
+        "2",
+        "--output",
+        str(output),
+        "--check-data",
+    ]
+    done = subprocess.run(
+        [*command, "--workers", "1"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "8 images, 16 objects of 3 classes; validation: 3 images" in done.stdout
     assert "learning rate 0.00025 = 0.001 × 4/16" in done.stdout and "epoch 2/2" in done.stdout
-    assert set(os.listdir(output)) >= {"last.pt", "best.pt", "metrics.jsonl", "config.json", "curves.png"}
+    assert set(os.listdir(output)) >= {
+        "last.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "config.json",
+        "curves.png",
+    }
     assert any(name.startswith("events.out") for name in os.listdir(output))
     checkpoint = load_checkpoint(output / "last.pt")
-    keys = {"model", "config", "class_names", "category_ids", "optimizer", "schedule", "epoch", "step", "rng", "best"}
+    keys = {
+        "model",
+        "config",
+        "class_names",
+        "category_ids",
+        "optimizer",
+        "schedule",
+        "epoch",
+        "step",
+        "rng",
+        "best",
+    }
     assert set(checkpoint) >= keys
-    assert checkpoint["class_names"] == ["dog", "cat", "cow"] and checkpoint["category_ids"] == [-3, 7, 1000]
+    assert checkpoint["class_names"] == ["dog", "cat", "cow"] and checkpoint["category_ids"] == [
+        -3,
+        7,
+        1000,
+    ]
     assert checkpoint["epoch"] == 2 and checkpoint["step"] == 4
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    wanted = {"loss", "loss_cls", "loss_l1", "loss_giou", "loss_cls_0", "AP", "AP50", "AP75", "APs", "APm", "APl"}
+    wanted = {
+        "loss",
+        "loss_cls",
+        "loss_l1",
+        "loss_giou",
+        "loss_cls_0",
+        "AP",
+        "AP50",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+    }
     assert set(lines[0]) >= wanted | {"lr", "images_per_second", "data_wait", "bad_steps"}
     assert Config.from_dict(json.loads((output / "config.json").read_text())).num_classes == 3
     # What evaluate.py makes of the file is what training said of it.
     model, rest = load_model(output / "last.pt")
     val_set = train.make_dataset(rest["config"], "val", class_names=rest["class_names"])
     assert val_set.category_ids == (4, 9, 2)
-    assert evaluate(model, val_set, HERE, progress=False)[0]["AP"] == pytest.approx(lines[-1]["AP"], abs=1e-6)
+    assert evaluate(model, val_set, HERE, progress=False)[0]["AP"] == pytest.approx(
+        lines[-1]["AP"], abs=1e-6
+    )
 
 
-def test_without_coco_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_coco_the_message_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = subprocess.run([sys.executable, TRAIN], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
@@ -97,7 +153,9 @@ def test_without_coco_the_message_says_what_to_do(tmp_path: Path, monkeypatch: p
         (["--batch-size", "3", "--micro-batch", "4"], "micro_batch"),
     ],
 )
-def test_mistakes_in_flags(flags: list[str], words: str, tiny_flags: list[str], tmp_path: Path, capsys) -> None:
+def test_mistakes_in_flags(
+    flags: list[str], words: str, tiny_flags: list[str], tmp_path: Path, capsys
+) -> None:
     argv = [*tiny_flags, *flags, "--output", str(tmp_path / "out")]
     try:
         with pytest.raises(UserError, match=words):
@@ -107,7 +165,9 @@ def test_mistakes_in_flags(flags: list[str], words: str, tiny_flags: list[str], 
         assert stop.code == 2 and words in printed.out + printed.err
 
 
-def test_an_output_folder_that_cannot_be_written_or_is_taken(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_or_is_taken(
+    tiny_flags: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         main([*tiny_flags, "--output", str(tmp_path / "file" / "run")])
@@ -141,7 +201,9 @@ def test_more_objects_than_proposals_is_a_warning_with_numbers(
         coco["annotations"] += [{**box, "id": 100 + i} for i in range(10)]
 
     flags = [*tiny_flags, *data_flags(make_coco(edit=crowd)), "--output", str(tmp_path / "out")]
-    with pytest.warns(UserWarning, match=r"1 of 4 training images .*\(up to 12\) than .*proposals \(7\)"):
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 training images .*\(up to 12\) than .*proposals \(7\)"
+    ):
         assert main(flags) == 0
 
 
@@ -151,9 +213,41 @@ def test_more_objects_than_proposals_is_a_warning_with_numbers(
 @pytest.fixture(scope="module")
 def module_flags() -> list[str]:
     """Two epochs of three steps; dropout, so that the random state matters too."""
-    flags = ["--preset", "shapes", "--device", "cpu", "--num-proposals", "7", "--num-stages", "2", "--hidden-dim", "16"]
-    flags += ["--dynamic-dim", "4", "--num-heads", "2", "--ffn-dim", "32", "--roi-size", "3", "--dropout", "0.1"]
-    return [*flags, "--epochs", "2", "--shapes-train", "12", "--shapes-val", "4", "--batch-size", "4"]
+    flags = [
+        "--preset",
+        "shapes",
+        "--device",
+        "cpu",
+        "--num-proposals",
+        "7",
+        "--num-stages",
+        "2",
+        "--hidden-dim",
+        "16",
+    ]
+    flags += [
+        "--dynamic-dim",
+        "4",
+        "--num-heads",
+        "2",
+        "--ffn-dim",
+        "32",
+        "--roi-size",
+        "3",
+        "--dropout",
+        "0.1",
+    ]
+    return [
+        *flags,
+        "--epochs",
+        "2",
+        "--shapes-train",
+        "12",
+        "--shapes-val",
+        "4",
+        "--batch-size",
+        "4",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +257,22 @@ def uninterrupted(module_flags: list[str], tmp_path_factory: pytest.TempPathFact
     return output
 
 
-def test_compiled_training_is_the_same_training(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_training_is_the_same_training(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.compiler.reset()
-    backend, compiled = "aot_eager", SparseRCNN.compile  # the graphs as they are: no compiler, but all before it
+    backend, compiled = (
+        "aot_eager",
+        SparseRCNN.compile,
+    )  # the graphs as they are: no compiler, but all before it
     monkeypatch.setattr(SparseRCNN, "compile", lambda model: compiled(model, backend=backend))
     dataset = make_dataset(tiny_config, "train")
     images, targets = (list(column) for column in zip(*(dataset[i] for i in range(4)), strict=True))
     steps = []
     for is_compiled in (False, True):
-        trainer = Trainer(replace(tiny_config, compile=is_compiled), World(torch.device("cpu")), steps_per_epoch=3)
+        trainer = Trainer(
+            replace(tiny_config, compile=is_compiled), World(torch.device("cpu")), steps_per_epoch=3
+        )
         assert (trainer.model.backbone._compiled_call_impl is not None) == is_compiled
         trainer.model.train()
         steps.append([trainer.train_step(images, targets, 9.0) for _ in range(3)])
@@ -181,7 +282,11 @@ def test_compiled_training_is_the_same_training(tiny_config: Config, monkeypatch
 
 @pytest.mark.parametrize("stop_after", [2, 3, 4])
 def test_resuming_equals_never_having_stopped(
-    stop_after: int, module_flags: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop_after: int,
+    module_flags: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Cut off in mid-epoch, at an epoch's end before its evaluation, and early in the second; then --resume."""
     steps, original = 0, Trainer.train_step
@@ -199,10 +304,14 @@ def test_resuming_equals_never_having_stopped(
             main([*module_flags, "--output", str(tmp_path), "--checkpoint-minutes", "0"])
     assert load_checkpoint(tmp_path / "last.pt")["step"] == stop_after
     torch.rand(100)  # another process would have another random state
-    assert main(["--resume", str(tmp_path / "last.pt"), "--output", str(tmp_path), "--device", "cpu"]) == 0
+    assert (
+        main(["--resume", str(tmp_path / "last.pt"), "--output", str(tmp_path), "--device", "cpu"])
+        == 0
+    )
     assert_same_weights(tmp_path / "last.pt", uninterrupted / "last.pt")
     lines = [
-        [json.loads(line) for line in (o / "metrics.jsonl").read_text().splitlines()] for o in (tmp_path, uninterrupted)
+        [json.loads(line) for line in (o / "metrics.jsonl").read_text().splitlines()]
+        for o in (tmp_path, uninterrupted)
     ]
     assert [line["epoch"] for line in lines[0]] == [1, 2]
     for a, b in zip(*lines, strict=True):
@@ -220,23 +329,46 @@ def test_resume_auto_starts_afresh_or_goes_on(
     assert_same_weights(tmp_path / "last.pt", uninterrupted / "last.pt")
 
 
-def test_resuming_does_not_overwrite_another_run(module_flags: list[str], uninterrupted: Path, tmp_path: Path) -> None:
+def test_resuming_does_not_overwrite_another_run(
+    module_flags: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
     save_checkpoint(tmp_path / "last.pt", {"model": {}})
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(UserError, match="another run"):
-        main(["--resume", str(uninterrupted / "last.pt"), "--output", str(tmp_path), "--device", "cpu"])
+        main(
+            [
+                "--resume",
+                str(uninterrupted / "last.pt"),
+                "--output",
+                str(tmp_path),
+                "--device",
+                "cpu",
+            ]
+        )
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_flags_of_a_resumed_run_are_obeyed(uninterrupted: Path, tmp_path: Path) -> None:
-    flags = ["--resume", str(uninterrupted / "last.pt"), "--output", str(tmp_path), "--device", "cpu"]
+    flags = [
+        "--resume",
+        str(uninterrupted / "last.pt"),
+        "--output",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     assert main([*flags, "--epochs", "3", "--weight-decay", "0.5", "--amp", "fp16"]) == 0
     checkpoint = load_checkpoint(tmp_path / "last.pt")
-    assert checkpoint["epoch"] == 3 and checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert (
+        checkpoint["epoch"] == 3
+        and checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    )
     assert checkpoint["scaler"]["scale"] > 0
 
 
-def test_what_cannot_be_resumed(module_flags: list[str], uninterrupted: Path, make_coco, tmp_path: Path) -> None:
+def test_what_cannot_be_resumed(
+    module_flags: list[str], uninterrupted: Path, make_coco, tmp_path: Path
+) -> None:
     last = str(uninterrupted / "last.pt")
     flags = ["--resume", last, "--output", str(tmp_path), "--device", "cpu"]
     with pytest.raises(UserError, match=r"proposal_boxes \[7, 4\] in the file, \[9, 4\]"):
@@ -246,17 +378,36 @@ def test_what_cannot_be_resumed(module_flags: list[str], uninterrupted: Path, ma
         main([*flags, *data_flags(two_classes)])
     with pytest.raises(UserError, match="step 6"):
         main([*flags, "--shapes-train", "4"])
-    plain = {k: v for k, v in load_checkpoint(last).items() if k in ("model", "config", "class_names", "category_ids")}
+    plain = {
+        k: v
+        for k, v in load_checkpoint(last).items()
+        if k in ("model", "config", "class_names", "category_ids")
+    }
     save_checkpoint(tmp_path / "plain.pt", plain)
     with pytest.raises(UserError, match="lacks optimizer.*--weights"):
         main(["--resume", str(tmp_path / "plain.pt"), "--output", str(tmp_path), "--device", "cpu"])
 
 
 def start(flags: list[str], output: Path) -> subprocess.Popen:
-    command = [sys.executable, TRAIN, *flags, "--output", str(output), "--resume", "auto", "--checkpoint-minutes", "0"]
+    command = [
+        sys.executable,
+        TRAIN,
+        *flags,
+        "--output",
+        str(output),
+        "--resume",
+        "auto",
+        "--checkpoint-minutes",
+        "0",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+        start_new_session=True,
     )
 
 
@@ -303,7 +454,9 @@ def test_killed_twenty_times(module_flags: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_says_so(number: int, module_flags: list[str], tmp_path: Path) -> None:
+def test_a_signal_finishes_the_step_saves_and_says_so(
+    number: int, module_flags: list[str], tmp_path: Path
+) -> None:
     """A signal to the whole group, workers included, as a terminal, torchrun and a batch system send it."""
     process = start([*module_flags, "--shapes-train", "2000", "--workers", "1"], tmp_path)
     wait_for_step(tmp_path, process, 2)
@@ -311,10 +464,14 @@ def test_a_signal_finishes_the_step_saves_and_says_so(number: int, module_flags:
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, printed
     step = load_checkpoint(tmp_path / "last.pt")["step"]
-    assert f"stopped by signal {int(number)} at step {step}" in printed and "Traceback" not in printed
+    assert (
+        f"stopped by signal {int(number)} at step {step}" in printed and "Traceback" not in printed
+    )
 
 
-def test_a_signal_in_an_evaluation_ends_it(module_flags: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_signal_in_an_evaluation_ends_it(
+    module_flags: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def interrupted(*args, **kwargs) -> None:
@@ -327,11 +484,16 @@ def test_a_signal_in_an_evaluation_ends_it(module_flags: list[str], tmp_path: Pa
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert stop.value.code == 143 and "stopped by signal 15 in an evaluation" in capsys.readouterr().out
+    assert (
+        stop.value.code == 143
+        and "stopped by signal 15 in an evaluation" in capsys.readouterr().out
+    )
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 
-def test_two_processes_stop_resume_and_end_where_one_run_would(module_flags: list[str], tmp_path: Path) -> None:
+def test_two_processes_stop_resume_and_end_where_one_run_would(
+    module_flags: list[str], tmp_path: Path
+) -> None:
     flags = [TRAIN, *module_flags, "--checkpoint-minutes", "0", "--output"]
     stopping = tmp_path / "stopping.py"  # rank 1 gets a signal after its second step
     stopping.write_text(
@@ -370,12 +532,16 @@ def test_a_dead_process_ends_the_others(module_flags: list[str], tmp_path: Path)
         "train.Trainer.train_step = step\n"
         "sys.exit(train.main())\n"
     )
-    done = torchrun(str(dying), *module_flags, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "0")
+    done = torchrun(
+        str(dying), *module_flags, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "0"
+    )
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
     assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
 
 
-def test_what_one_process_finds_wrong_ends_both_with_its_message(module_flags, make_coco, tmp_path: Path) -> None:
+def test_what_one_process_finds_wrong_ends_both_with_its_message(
+    module_flags, make_coco, tmp_path: Path
+) -> None:
     json_file, folder = make_coco(num_images=4)
     (folder / "3.jpg").write_bytes(b"no picture")
     own = [*module_flags, *data_flags((json_file, folder)), "--workers", "1"]
@@ -391,7 +557,9 @@ def test_what_one_process_finds_wrong_ends_both_with_its_message(module_flags, m
         assert 'train.py", line' not in done.stderr  # no trace of ours
 
 
-def test_a_full_disk_names_the_file_and_keeps_the_old_one(module_flags: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(
+    module_flags: list[str], tmp_path: Path, monkeypatch
+) -> None:
     writes, original = 0, os.fsync
 
     def full(descriptor: int) -> None:
@@ -432,7 +600,9 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_keeps_losses_and_boxes_in_float32(amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_precision_keeps_losses_and_boxes_in_float32(
+    amp: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(replace(TINY, amp=amp), HERE, steps_per_epoch=20)
     seen, original = set(), trainer.model.criterion.forward
 
@@ -446,9 +616,13 @@ def test_mixed_precision_keeps_losses_and_boxes_in_float32(amp: str, monkeypatch
     images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
     trainer.model.train()
     losses = [trainer.train_step(list(images), list(targets), 12) for _ in range(20)]
-    losses = [values["loss"] for values in losses if "loss" in values]  # fp16 skips the steps that find its scale
+    losses = [
+        values["loss"] for values in losses if "loss" in values
+    ]  # fp16 skips the steps that find its scale
     assert len(losses) >= 10 and losses[-1] < 0.85 * losses[0]
-    assert seen == {({"bf16": torch.bfloat16, "fp16": torch.float16}[amp], torch.float32, torch.float32)}
+    assert seen == {
+        ({"bf16": torch.bfloat16, "fp16": torch.float16}[amp], torch.float32, torch.float32)
+    }
     state = trainer.state(dataset)["scaler"]
     assert ("scale" in state) == (amp == "fp16")
 
@@ -474,9 +648,20 @@ def test_fine_tuning_keeps_what_fits_and_lists_the_rest(tmp_path: Path) -> None:
     model = build_model(replace(TINY, num_classes=5))
     lines = "\n".join(load_what_fits(model, path, ["a", "b", "c", "d", "e"]))
     old, new = source.state_dict(), model.state_dict()
-    changed = {name for name in new if not torch.equal(new[name], old[name])} if new.keys() == old.keys() else None
-    assert changed == {f"head.stages.{s}.cls_logits.{p}" for s in range(TINY.num_stages) for p in ("weight", "bias")}
-    assert all(name in lines for name in changed) and f"{len(new) - len(changed)} of the model's {len(new)}" in lines
+    changed = (
+        {name for name in new if not torch.equal(new[name], old[name])}
+        if new.keys() == old.keys()
+        else None
+    )
+    assert changed == {
+        f"head.stages.{s}.cls_logits.{p}"
+        for s in range(TINY.num_stages)
+        for p in ("weight", "bias")
+    }
+    assert (
+        all(name in lines for name in changed)
+        and f"{len(new) - len(changed)} of the model's {len(new)}" in lines
+    )
     renamed = build_model(TINY)
     before = renamed.head.stages[0].cls_logits.weight.clone()
     assert "other classes" in "\n".join(load_what_fits(renamed, path, ["a", "c", "b"]))

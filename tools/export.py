@@ -20,9 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,103 +29,13 @@ import tyro
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from checkpoint import load_model
-from config import UserError, first_line, parse_args, run_main
 from model import SparseRCNN
+from support.checkpoint import load_model
+from support.cli import parse_args, run_main
+from support.errors import UserError, first_line
+from support.onnx_detector import INPUT, METADATA, OUTPUTS, OnnxDetector, needed
 
-METADATA = ("class_names", "category_ids", "test_size", "max_size")
-INPUT, OUTPUTS = "image", ("boxes", "scores", "labels")
 BOX_TOLERANCE_PX, SCORE_TOLERANCE = 0.05, 1e-4
-
-
-def _needed(name: str) -> ModuleType:
-    """A package that only ONNX files need, imported where it is used: everything else runs without it."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"ONNX files need the package {name} ({first_line(error)}): pip install onnx onnxscript onnxruntime"
-        ) from None
-
-
-class OnnxDetector:
-    """An exported file, in the language of `SparseRCNN` in eval mode.
-
-    Args:
-        path: a file that `python -m tools.export` wrote.
-        device: on "cuda" it runs where onnxruntime has CUDA, and else, with a warning, on the CPU; so on other devices.
-
-    Attributes:
-        class_names: K names, in the order of the labels. category_ids: K ids of the training annotations.
-        test_size, max_size: pixels, what the shortest and longest side of an image are best resized to beforehand.
-
-    Raises:
-        UserError: onnxruntime is not installed, or the file is missing, damaged, or not of `python -m tools.export`.
-    """
-
-    class_names: list[str]
-    category_ids: list[int]
-    test_size: int
-    max_size: int
-
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
-        onnxruntime = _needed("onnxruntime")
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # its errors are raised too, and printed here they would be said twice
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if (device := torch.device(device)).type == "cuda":
-            if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-                providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
-            else:
-                warnings.warn(
-                    "onnxruntime has no CUDA here: the model runs on the CPU (see onnxruntime-gpu)", stacklevel=2
-                )
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # the errors of onnxruntime have no base class of their own
-            raise UserError(
-                f"{path}: onnxruntime cannot load this ({first_line(error)}); if the file is damaged, write it anew "
-                "with `python -m tools.export CHECKPOINT FILE.onnx`"
-            ) from None
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        names = [value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())]
-        try:
-            for name in METADATA:
-                setattr(self, name, json.loads(metadata[name]))
-            if names != [INPUT, *OUTPUTS]:
-                raise ValueError
-        except (KeyError, ValueError):
-            raise UserError(
-                f"{path}: an ONNX file, but not one that `python -m tools.export CHECKPOINT FILE.onnx` wrote: it "
-                f"should hold {', '.join(METADATA)} as metadata, and lead from {INPUT} to {', '.join(OUTPUTS)}"
-            ) from None
-
-    def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Images to detections, one image at a time.
-
-        Args:
-            images: B tensors (3, H, W) uint8 RGB, each its own size, on any device.
-
-        Returns:
-            For each image a dict of `boxes` (n, 4) float32 xyxy pixels of that image, `scores` (n,) float32 falling,
-            `labels` (n,) int64, all on the CPU.
-
-        Raises:
-            ValueError: an image of another shape or dtype.
-        """
-        results = []
-        for i, image in enumerate(images):
-            if image.dim() != 3 or len(image) != 3 or 0 in image.shape or image.dtype != torch.uint8:
-                raise ValueError(
-                    f"OnnxDetector: image {i} has shape {tuple(image.shape)} and dtype {image.dtype}; "
-                    "RGB images (3, H, W) of torch.uint8 are needed"
-                )
-            arrays = self._session.run(list(OUTPUTS), {INPUT: image.cpu().contiguous().numpy()})
-            results.append({name: torch.from_numpy(array) for name, array in zip(OUTPUTS, arrays, strict=True)})
-        return results
 
 
 class _OneImage(nn.Module):
@@ -156,7 +64,9 @@ def _quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def export_onnx(model: SparseRCNN, path: str | Path, metadata: dict[str, Any], opset: int = 18) -> None:
+def export_onnx(
+    model: SparseRCNN, path: str | Path, metadata: dict[str, Any], opset: int = 18
+) -> None:
     """Writes the ONNX file, unchecked.
 
     Args:
@@ -170,7 +80,7 @@ def export_onnx(model: SparseRCNN, path: str | Path, metadata: dict[str, Any], o
         OSError: the file cannot be written.
     """
     for package in ("onnx", "onnxscript"):
-        _needed(package)
+        needed(package)
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     # Any size serves as the example, but one whose sides or maps are equal, or 1, could be taken for a rule.
     example = torch.zeros(3, 70, 101, dtype=torch.uint8, device=model.proposal_boxes.device)
@@ -185,8 +95,12 @@ def export_onnx(model: SparseRCNN, path: str | Path, metadata: dict[str, Any], o
             output_names=list(OUTPUTS),
             verbose=False,
         )
-    if (written := program.model.opset_imports[""]) != opset:  # the exporter has logged why and gone on
-        raise UserError(f"--opset {opset}: this version of torch and onnxscript writes {written} only; give that")
+    if (
+        written := program.model.opset_imports[""]
+    ) != opset:  # the exporter has logged why and gone on
+        raise UserError(
+            f"--opset {opset}: this version of torch and onnxscript writes {written} only; give that"
+        )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter's stack traces, with the paths of the machine it ran on
     program.model.metadata_props.update({name: json.dumps(metadata[name]) for name in METADATA})
@@ -202,7 +116,9 @@ class Comparison(NamedTuple):
     problem: str | None  # what is wrong, None where the two agree
 
 
-def compare(found: dict[str, Tensor], logits: Tensor, boxes_px: Tensor, whwh_px: Tensor) -> Comparison:
+def compare(
+    found: dict[str, Tensor], logits: Tensor, boxes_px: Tensor, whwh_px: Tensor
+) -> Comparison:
     """Detections against PyTorch's predictions before any selection.
 
     Not rank by rank: float32 sums taken in another order differ in their last bits, so nearly equal scores may change
@@ -224,14 +140,18 @@ def compare(found: dict[str, Tensor], logits: Tensor, boxes_px: Tensor, whwh_px:
 
     box_distance_px = (found["boxes"][:, None] - boxes_px).abs().amax(-1)  # (n, c)
     score_distance = (found["scores"][:, None] - scores).abs()  # (n, c)
-    distance = torch.maximum(box_distance_px / BOX_TOLERANCE_PX, score_distance / SCORE_TOLERANCE).double()
+    distance = torch.maximum(
+        box_distance_px / BOX_TOLERANCE_PX, score_distance / SCORE_TOLERANCE
+    ).double()
     distance[found["labels"][:, None] != labels] = torch.inf
     is_wrong = ~(distance <= 1)
     # The sum is least where the fewest pairs are wrong, and among those where the right ones are nearest.
     cost = distance.nan_to_num(1e6).clamp(max=1e6) + 1e6 * is_wrong
     rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(cost.numpy()))
 
-    is_missing = (scores > cut + SCORE_TOLERANCE) & ((boxes_px[:, 2:] - boxes_px[:, :2]).amin(1) > BOX_TOLERANCE_PX)
+    is_missing = (scores > cut + SCORE_TOLERANCE) & (
+        (boxes_px[:, 2:] - boxes_px[:, :2]).amin(1) > BOX_TOLERANCE_PX
+    )
     is_missing[columns] = False
     count, right = len(found["boxes"]), int((~is_wrong[rows, columns]).sum())
     problem = None
@@ -241,14 +161,19 @@ def compare(found: dict[str, Tensor], logits: Tensor, boxes_px: Tensor, whwh_px:
         problem = f"{int(is_missing.sum())} of PyTorch's detections are missing"
     elif (found["scores"].diff() > 0).any():
         problem = "the scores do not fall"
-    largest = [float(np.max(part[rows, columns].numpy(), initial=0)) for part in (box_distance_px, score_distance)]
+    largest = [
+        float(np.max(part[rows, columns].numpy(), initial=0))
+        for part in (box_distance_px, score_distance)
+    ]
     return Comparison(count, *largest, problem)
 
 
 def check(detector: OnnxDetector, model: SparseRCNN, size: tuple[int, int]) -> Comparison:
     """Runs an ONNX file and its model on one image of random pixels, of `size` (height, width), and compares them."""
     height, width = size
-    image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     whwh_px = torch.tensor([width, height, width, height])
     with torch.no_grad():
         logits, boxes_px = (part[-1, 0] for part in model.stages([image]))  # (N, K), (N, 4)
@@ -297,11 +222,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.output.parent}: no such folder; make it first")
     if any(side < 1 for size in args.sizes for side in size):
         raise UserError(f"--sizes {args.sizes}: heights and widths should be at least 1 pixel")
-    _needed("onnxruntime")  # before the minute that an export takes
+    needed("onnxruntime")  # before the minute that an export takes
     model, checkpoint = load_model(args.source)
     config = checkpoint["config"]
     short, long = config.test_size, round(config.test_size * 4 / 3)
-    sizes = args.sizes or ((short, long), (long, short), (max(1, short * 5 // 8 - 1), max(1, long // 2 - 1)))
+    sizes = args.sizes or (
+        (short, long),
+        (long, short),
+        (max(1, short * 5 // 8 - 1), max(1, long // 2 - 1)),
+    )
 
     temporary = args.output.with_name(args.output.name + ".tmp")
     try:
