@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import validation_set
 from support.checkpoint import load_model
-from support.cli import parse_args, run_main
+from support.cli import AMP_DTYPES, parse_args, run_main
 from support.distributed import World, world
 from support.errors import UserError
 from support.loader import make_loader
