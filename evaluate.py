@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import validation_set
 from support.checkpoint import load_model
 from support.cli import AMP_DTYPES, parse_args, run_main
-from support.distributed import World, world
+from support.distributed import World, join_world
 from support.errors import UserError
 from support.loader import make_loader
 
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             "evaluate: --batch-size and --max-dets should be at least 1, --workers at least 0"
         )
-    with world(args.device) as here:
+    with join_world(args.device) as here:
         args.output.mkdir(parents=True, exist_ok=True)
         model, checkpoint = load_model(args.weights, here.device)
         overrides = {

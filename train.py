@@ -1,320 +1,253 @@
-"""Training: the paper's recipe, on COCO by default, on the Shapes pictures, or on any data set in COCO's format.
+"""Training: the paper's recipe (paper, Training details).
 
-    torchrun --nproc_per_node=8 train.py              the paper's R50, 100 proposals, 36 epochs of COCO on 8 GPUs
-    python train.py --preset shapes                   minutes on two CPU cores, nothing to download
-    python train.py --train-json A.json --train-images DIR --val-json B.json --val-images DIR        your own data
+    torchrun --nproc_per_node=8 train.py    the paper's R50: 100 proposals, 36 epochs of COCO
+    python train.py --preset shapes         minutes on two CPU cores, nothing to download
+    python train.py --train-json A.json --train-images DIR --val-json B.json --val-images DIR
 
-In:  a `Config` (every field is a flag, see --help).
-Out: in --output DIR: last.pt, best.pt, metrics.jsonl (a line an epoch), config.json, TensorBoard events, curves.png.
+In:  a `Config`; every field is a flag (see --help).
+Out: in --output: last.pt, best.pt, metrics.jsonl (one line per epoch), config.json, TensorBoard
+     events, curves.png.
 
-Deviations (ours | paper | authors' code | why)
-    an epoch is a pass over the data, its last incomplete batch left out | epochs | 270,000 iterations with endless
-        shuffling | readers count in epochs; 36 of them are 266,112 iterations
-    a step that is not finite is skipped | not told | ends the run | one bad batch should not cost a run
+Two things differ from the authors' code. An epoch is one pass over the data without its last
+incomplete batch, where they count 270,000 iterations of endless shuffling; 36 epochs are 266,112
+iterations. And a step that is not finite is skipped, where theirs ends the run.
 """
 
-import contextlib
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+import tyro
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from config import Config
 from data import check_data, make_dataset
 from evaluate import evaluate, format_table
 from model import SparseRCNN, build_model
-from support.checkpoint import load_checkpoint, load_strictly, load_what_fits, save_checkpoint
+from support.checkpoint import Training, load_checkpoint, load_what_fits
 from support.cli import AMP_DTYPES, parse_args, preset_from, run_main
-from support.distributed import World, world
-from support.errors import UserError
-from support.faults import Clock, Guarded, StopSignal
-from support.loader import GroupedBatches, make_loader
-from support.report import Report, prepare_output, print_summary, warn_of_crowded_images, with_sums
+from support.distributed import World, join_world
+from support.errors import NotFinite, UserError
+from support.faults import Clock, StopSignal, skip, statistics_restored
+from support.loader import Batch, GroupedBatches, Loader, fetch, make_loader
+from support.report import Report, prepare_output, print_summary, warn_of_crowded_images
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """The rate of a step: warm-up, then stairs or half a cosine.
+    """The rate of a step: a linear warm-up, then steps down or half a cosine.
 
     Args:
         step: steps taken before, 0 … total_steps − 1.
         total_steps: of the whole run.
-        config: the peak rate, `warmup_steps`, `warmup_factor`, `schedule`, `milestones`.
+        config: peak rate, `warmup_steps`, `warmup_factor`, `schedule`, `milestones`.
     """
-    warmup = min(config.warmup_steps, total_steps // 10)
-    ramp = (
-        1.0 if step >= warmup else config.warmup_factor + (1 - config.warmup_factor) * step / warmup
-    )
+    warmup_steps = min(config.warmup_steps, total_steps // 10)
+    warmup = 1.0
+    if step < warmup_steps:
+        warmup = config.warmup_factor + (1 - config.warmup_factor) * step / warmup_steps
+
     if config.schedule == "cosine":
         decay = 0.5 * (1 + math.cos(math.pi * step / total_steps))
     else:
         decay = 0.1 ** sum(step >= milestone * total_steps for milestone in config.milestones)
-    return config.learning_rate * ramp * decay
+
+    return config.learning_rate * warmup * decay
 
 
-class Trainer:
-    """A model in training: the step of the recipe, and all that a checkpoint has to hold to go on.
+def train_step(training: Training, batch: Batch) -> dict[str, float]:
+    """One step of the recipe.
 
     Args:
-        config: the recipe.
-        here: the processes that share the work; the model is on `here.device`.
-        steps_per_epoch: optimiser steps in an epoch.
-        build: makes the model from the config, after the seed was set.
+        training: the model and the optimizer, changed in place. The step counter is the caller's.
+        batch: this process's images, and the number of objects in the whole batch.
+
+    Returns:
+        Every loss of the whole batch, and `grad_norm`, the gradient's norm before clipping.
+
+    Raises:
+        NotFinite: in all processes, if a loss or the gradient is not finite; no weight has changed.
     """
+    config, world, model = training.config, training.world, training.model
+    optimizer, scaler = training.optimizer, training.scaler
 
-    def __init__(
-        self,
-        config: Config,
-        here: World,
-        steps_per_epoch: int,
-        build: Callable[..., SparseRCNN] = build_model,
-    ):
-        torch.manual_seed(config.seed)
-        self.config, self.here, self.steps_per_epoch = config, here, steps_per_epoch
-        self.total_steps = config.epochs * steps_per_epoch
-        self.model = build(config).to(here.device)
-        if config.compile:
-            self.model.compile()
-        self.optimizer = AdamW(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.scaler = torch.amp.GradScaler(here.device.type, enabled=config.amp == "fp16")
-        self.epoch = 0  # epochs finished, evaluation included
-        self.step = 0  # batches taken, those that were skipped included
-        self.best = -1.0  # best AP so far, as a fraction
-        self.sums: dict[str, float] = {}  # of what is averaged over the epoch
-        self.bad_in_a_row = 0
-        self.stop, self.stopping, self.save_due = StopSignal(), 0.0, 0.0
-        self.clock = Clock(config.checkpoint_minutes)
-        self.guarded = Guarded(self.model)
-        # The module that runs: under torchrun its backward pass averages the gradients over the processes.
-        self.parallel = DistributedDataParallel(self.guarded) if here.size > 1 else self.guarded
-        norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.statistics = [
-            buffer for norm in norms for buffer in norm.buffers()
-        ]  # empty where norms are frozen
+    rate = learning_rate(training.step, training.total_steps, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
 
-    def train_step(
-        self, images: list[Tensor], targets: list[dict[str, Any]], num_objects: float
-    ) -> dict[str, float]:
-        """One step of the recipe; returns every loss, their sums, and the gradient's norm before clipping.
+    # Micro-batches: what does not fit into memory at once goes through in parts, whose gradients
+    # add up. Every part is divided by the objects of the whole batch, over all parts and processes,
+    # so the gradient is the same however the batch is divided.
+    totals: dict[str, torch.Tensor] = {}
+    for part in batch.parts(config.micro_batch):
+        with torch.autocast(world.device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off"):
+            losses = training.parallel(part.images, part.targets, batch.num_objects, part.is_last)
+        # The losses are weighted already. DistributedDataParallel averages the gradients over the
+        # processes; the common divisor asks for their sum.
+        loss = sum(losses.values()) * world.size
+        scaler.scale(loss).backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0) + value.detach()
 
-        This process's images go through in parts of `micro_batch`, whose gradients add up. Every loss is divided by
-        `num_objects`, the object count of the whole effective batch over all processes and parts: that makes the
-        gradient the same however the batch is divided (but see the top of distributed.py).
-        """
-        size, dtype = self.config.micro_batch or len(images), AMP_DTYPES[self.config.amp]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, self.config)
-        self.step += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, Tensor] = {}
-        before = [statistic.clone() for statistic in self.statistics]
-        for first in range(0, len(images), size):
-            part = slice(first, first + size)
-            is_last = first + size >= len(images)
-            with (
-                contextlib.nullcontext()
-                if is_last or self.here.size == 1
-                else self.parallel.no_sync()
-            ):
-                with torch.autocast(self.here.device.type, dtype, enabled=dtype != torch.float32):
-                    losses = self.parallel(images[part], targets[part], num_objects)
-                # All processes skip together: one that went on alone would wait for the others forever.
-                if self.here.sum(not losses)[0]:
-                    return self._skip(self.guarded.problem, targets, before)
-                # DistributedDataParallel averages over processes; what the divisor asks for is their sum.
-                self.scaler.scale(sum(losses.values()) * self.here.size).backward()
-            totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm_(self.model.parameters(), self.config.clip_norm).item()
-        summed = self.here.sum(*torch.stack(list(totals.values())).tolist())
-        finite = math.isfinite(norm + sum(summed))
-        if finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()  # also after an overflow of fp16: it lowers the scale
-        if not finite:  # in all processes alike: both figures are sums over them
-            return self._skip("the loss or its gradient is not finite", targets, before)
-        self.bad_in_a_row = 0
-        return {**with_sums(dict(zip(totals, summed, strict=True))), "grad_norm": norm}
+    scaler.unscale_(optimizer)
+    grad_norm = clip_grad_norm_(model.parameters(), config.clip_norm).item()
 
-    def _skip(
-        self, problem: str | None, targets: list[dict[str, Any]], statistics: list[Tensor]
-    ) -> dict[str, float]:
-        """Leaves a step out, without a trace in the model, and ends the run after too many of them in a row.
+    # What all processes must agree on before any of them steps.
+    sums = world.sum(*torch.stack(list(totals.values())).tolist())
+    is_finite = math.isfinite(grad_norm + sum(sums))
+    if is_finite:
+        scaler.step(optimizer)
+    scaler.update()  # after an overflow of float16 too: it lowers the scale
+    if not is_finite:
+        raise NotFinite("the loss or its gradient is not finite")
+    return {**dict(zip(totals, sums, strict=True)), "grad_norm": grad_norm}
 
-        Raises:
-            UserError: `max_bad_steps` in a row; names the images and what to try.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        for statistic, before in zip(self.statistics, statistics, strict=True):
-            statistic.copy_(before)
-        self.bad_in_a_row += 1
-        if self.bad_in_a_row >= self.config.max_bad_steps:
-            reports = self.here.gather((problem, [target["image_id"] for target in targets]))
-            bad = [f"{why} (image ids {ids})" for why, ids in reports if why]
-            raise UserError(
-                f"{self.bad_in_a_row} steps in a row were not finite: {'; '.join(bad)}. The last checkpoint is from "
-                f"before. Try a lower --lr (it was {self.optimizer.param_groups[0]['lr']:.2g} for batches of "
-                f"{self.config.batch_size}), --amp off or bf16 instead of fp16, and --check-data for the boxes"
-            )
-        return {"bad_steps": 1.0}
 
-    def train_epoch(self, loader: DataLoader) -> Iterator[dict[str, float]]:
-        """The rest of the current epoch, step by step; what is averaged over the epoch adds up in `sums`.
+def train(
+    training: Training,
+    loader: Loader,
+    val_set: Dataset | None,
+    output: Path,
+    report: Report,
+    stop: StopSignal,
+) -> int:
+    """The loop: steps, a checkpoint every few minutes, and an evaluation after each epoch.
 
-        Ends early where a signal asked any process to stop.
-        """
-        self.model.train()
-        if self.step == self.epoch * self.steps_per_epoch:
-            self.sums = {}
-        loader.batch_sampler.seek(self.epoch, self.step - self.epoch * self.steps_per_epoch)
-        batches, end = iter(loader), time.perf_counter()
-        for _ in range(self.step - self.epoch * self.steps_per_epoch, self.steps_per_epoch):
-            error, images, targets = None, [], []
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped the run.
+    """
+    config, world, model = training.config, training.world, training.model
+    clock = Clock(config.checkpoint_minutes)
+    while training.epoch < config.epochs:
+        model.train()
+        if training.steps_into_epoch == 0:
+            training.sums.clear()
+        report.start_epoch()
+        for batch in fetch(loader, world, training.epoch, training.steps_into_epoch, stop, clock):
             try:
-                images, targets = next(batches)
-            except (UserError, OSError) as problem:  # a picture that only this process has met
-                error = problem
-            waited = time.perf_counter() - end
-            own = sum(len(target["labels"]) for target in targets)
-            # Before the step, so that all processes know all objects, one's wish to stop, and the main one's clock.
-            num_objects, num_images, self.stopping, self.save_due, errors = self.here.sum(
-                own,
-                len(images),
-                self.stop.signal is not None,
-                self.here.is_main and self.clock.is_due(),
-                error is not None,
-            )
-            if errors:
-                self.here.raise_together(error)
-            if self.stopping:
-                break
-            values = self.train_step(images, targets, num_objects)
-            values |= {
-                "steps": 1,
-                "images": num_images,
-                "seconds": time.perf_counter() - end,
-                "data_seconds": waited,
-            }
-            end += values["seconds"]
-            for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            yield values
+                with statistics_restored(model):
+                    values = train_step(training, batch)
+                training.bad_in_a_row = 0
+            except NotFinite as error:
+                values = skip(training, [target["image_id"] for target in batch.targets], error)
+            training.step += 1  # after a skipped step too: the schedule counts batches
+            report.step(batch, values)
+            if batch.is_save_due:
+                training.save(output / "last.pt")
+        report.end_steps()
 
-    def state(self, dataset: Dataset) -> dict[str, Any]:
-        """The checkpoint; all processes have to call this."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.here.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.here.device)
-        return {
-            "model": self.model.state_dict(),
-            "config": self.config.to_dict(),
-            "class_names": list(dataset.class_names),
-            "category_ids": list(dataset.category_ids),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {
-                "total_steps": self.total_steps,
-                "learning_rate": self.config.learning_rate,
-            },
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": self.best,
-            "bad_in_a_row": self.bad_in_a_row,
-            "sums": dict(self.sums),
-            "rng": self.here.gather(rng),
-        }
+        world.copy_buffers(model)
+        training.save(output / "last.pt")  # before the evaluation, which may take long
+        if (number := stop.of_any(world)) is not None:
+            where = f"step {training.step}; saved {output / 'last.pt'}"
+            report.say(f"stopped by signal {number} at {where}")
+            return 128 + number
 
-    def restore(self, checkpoint: dict[str, Any], path: str) -> None:
-        """Goes back to what `state` saved.
+        metrics: dict[str, Any] = {}
+        is_last_epoch = training.epoch + 1 == config.epochs
+        is_due = is_last_epoch or (training.epoch + 1) % config.eval_every == 0
+        if val_set is not None and is_due:
+            with stop.obeyed(f"in an evaluation; {output / 'last.pt'} is from right before it"):
+                metrics = evaluate_training(training, val_set)
 
-        Raises:
-            UserError: the checkpoint is of another model or data set, or not of a training run.
-        """
-        needed = (
-            "optimizer",
-            "schedule",
-            "scaler",
-            "epoch",
-            "step",
-            "best",
-            "bad_in_a_row",
-            "sums",
-            "rng",
-        )
-        if missing := [key for key in needed if key not in checkpoint]:
-            raise UserError(
-                f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}; try --weights"
-            )
-        step = checkpoint["step"]
-        if step - checkpoint["epoch"] * self.steps_per_epoch not in range(self.steps_per_epoch + 1):
-            raise UserError(
-                f"{path}: step {step} is not in epoch {checkpoint['epoch'] + 1} of {self.steps_per_epoch} steps; were "
-                "the data or --batch-size changed? Then start a run of its own with --weights"
-            )
-        load_strictly(self.model, checkpoint["model"], path)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.config.weight_decay
-        if checkpoint["scaler"]:  # empty without fp16
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch, self.step, self.best = (
-            checkpoint["epoch"],
-            checkpoint["step"],
-            checkpoint["best"],
-        )
-        self.sums, self.bad_in_a_row = checkpoint["sums"], checkpoint["bad_in_a_row"]
-        if len(checkpoint["rng"]) == self.here.size:
-            rng = checkpoint["rng"][self.here.rank]
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng and self.here.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], self.here.device)
+        training.epoch += 1
+        report.end_epoch(metrics)
+        if metrics:
+            report.say(format_table(metrics))
+        if metrics.get("AP", -1.0) > training.best:
+            training.best = metrics["AP"]
+            training.save(output / "best.pt")
+        training.save(output / "last.pt")
+    files = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+    report.say(f"written: {', '.join(files)} in {output}")
+    return 0
+
+
+def evaluate_training(training: Training, val_set: Dataset) -> dict[str, Any]:
+    """The model's AP on the validation set, with as many images at a time as in training."""
+    config, world = training.config, training.world
+    metrics, _ = evaluate(
+        training.model,
+        val_set,
+        world,
+        batch_size=config.micro_batch or config.batch_size // world.size,
+        workers=config.workers,
+        amp=config.amp,
+    )
+    return metrics
+
+
+# --- from a command line to a training ---
 
 
 @dataclass(frozen=True)
 class TrainArgs:
-    config: Config = field(default_factory=Config)
+    config: tyro.conf.Suppress[Config] = field(default_factory=Config)  # its fields are the flags
     output: Path = Path("runs/train")  # folder that everything is written into
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
-    # Checkpoint to start from: ours, the authors', MMDetection's, sparse-rcnn-r50-100 … What fits is kept.
+    # Checkpoint to start from, for fine-tuning: ours, the authors', MMDetection's, or a name such as
+    # sparse-rcnn-r50-100. What fits is taken over.
     weights: str | None = None
-    # Checkpoint to go on from, with its settings where no flag says otherwise; "auto" is last.pt in --output, if there.
+    # Checkpoint to go on from, with its settings unless a flag says otherwise; "auto" is last.pt in
+    # --output, if it is there.
     resume: str | None = None
-    check_data: bool = False  # decode every picture before training
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
+    check_data: bool = False  # decode every image before training
 
 
 def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
-    """The command line, and the checkpoint to go on from; a resumed run's settings are the defaults of its flags."""
+    """The command line, and the checkpoint to resume from.
+
+    The settings of a run that is resumed are the defaults of its flags.
+    """
     description = __doc__.split("\n\n")[0]
     args = parse_args(argv, TrainArgs, "train.py", description, config=preset_from(argv))
     resume = args.resume
     if resume == "auto":
-        resume = str(args.output / "last.pt") if (args.output / "last.pt").exists() else None
+        last = args.output / "last.pt"
+        resume = str(last) if last.exists() else None
     if resume is None:
         return replace(args, resume=None), None
+
     checkpoint = load_checkpoint(resume)
-    args = parse_args(
-        argv, TrainArgs, "train.py", description, config=Config.from_dict(checkpoint["config"])
-    )
+    config = Config.from_dict(checkpoint["config"])
+    args = parse_args(argv, TrainArgs, "train.py", description, config=config)
     return replace(args, resume=resume), checkpoint
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; a user's mistake raises `UserError`. Returns the exit status: 0, or 128 + a signal's number."""
-    return run(*read_args(sys.argv[1:] if argv is None else list(argv)))
+def start_training(
+    config: Config,
+    world: World,
+    train_set: Dataset,
+    steps_per_epoch: int,
+    build: Callable[..., SparseRCNN] = build_model,
+) -> Training:
+    """A new model, and AdamW over all of its parameters that are trained (paper)."""
+    torch.manual_seed(config.seed)
+    model = build(config).to(world.device)
+    if config.compile:
+        model.compile()
+    optimizer = AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    return Training(
+        model,
+        optimizer,
+        config,
+        world,
+        steps_per_epoch,
+        num_images=len(train_set),
+        class_names=train_set.class_names,
+        category_ids=train_set.category_ids,
+    )
 
 
 def run(
@@ -322,92 +255,63 @@ def run(
     checkpoint: dict[str, Any] | None,
     build: Callable[..., SparseRCNN] = build_model,
 ) -> int:
-    """`main` once the command line is read; another model is trained where another `build` makes it."""
-    with world(args.device) as here:
-        names = checkpoint["class_names"] if checkpoint is not None else None
-        train_set = make_dataset(args.config, "train", class_names=names)
+    """`main` after the command line is read: data, model, optimizer, resume, then `train`.
+
+    Args:
+        args: the command line.
+        checkpoint: to resume from, or None.
+        build: makes the model; another one trains another model.
+    """
+    with join_world(args.device) as world:
+        known_names = checkpoint["class_names"] if checkpoint is not None else None
+        train_set = make_dataset(args.config, "train", class_names=known_names)
         val_set = make_dataset(args.config, "val", class_names=train_set.class_names)
-        config, error = replace(args.config, num_classes=len(train_set.class_names)), None
+        config = replace(args.config, num_classes=len(train_set.class_names))
         if not train_set.objects_per_image.any():
-            raise UserError(
-                "train: the training images have no objects at all, there is nothing to learn from"
-            )
-        try:
-            if here.is_main:
+            raise UserError("train: the training images have no objects, so nothing can be learned")
+        lock = None
+        with world.together():
+            if world.is_main:
                 warn_of_crowded_images(train_set, config.num_proposals)
-                prepare_output(args.output, args.resume)
-            for dataset in filter(None, (train_set, val_set)) if args.check_data else ():
-                check_data(dataset, here.rank, here.size)
-        except (UserError, OSError) as problem:
-            error = problem
-        here.raise_together(error)
-        batches = GroupedBatches(
-            train_set.sizes_hw, config.batch_size, config.seed, here.rank, here.size
-        )
-        trainer = Trainer(
-            config, here, len(batches), lambda config: build(config, checkpoint is None)
+                lock = prepare_output(args.output, args.resume)
+            if args.check_data:
+                for dataset in filter(None, (train_set, val_set)):
+                    check_data(dataset, world.rank, world.size)
+
+        sizes_hw = train_set.sizes_hw
+        batches = GroupedBatches(sizes_hw, config.batch_size, config.seed, world.rank, world.size)
+        loader = make_loader(train_set, batches, config.workers, reseeded=True)
+
+        # A model that is about to be overwritten needs no ImageNet weights.
+        pretrained = checkpoint is None
+        training = start_training(
+            config, world, train_set, len(batches), lambda config: build(config, pretrained)
         )
         notes = []
         if checkpoint is not None:
-            trainer.restore(checkpoint, args.resume)
-            notes = [f"resumed from {args.resume} at step {trainer.step} of {trainer.total_steps}"]
+            training.restore(checkpoint, args.resume)
+            steps = f"step {training.step} of {training.total_steps}"
+            notes = [f"resumed from {args.resume} at {steps}"]
         elif args.weights:
-            notes = load_what_fits(trainer.model, args.weights, train_set.class_names)
-        if here.is_main:
-            print_summary(config, here, trainer.model, train_set, val_set, notes)
-        loader = make_loader(train_set, batches, config.workers, reseeded=True)
-        with trainer.stop, Report(args.output, trainer.epoch, config, here.is_main) as report:
-            return train(trainer, loader, val_set, args.output, report)
+            notes = load_what_fits(training.model, args.weights, train_set.class_names)
+
+        if world.is_main:
+            print_summary(training, train_set, val_set, notes)
+        with StopSignal() as stop, Report(args.output, training, lock) as report:
+            return train(training, loader, val_set, args.output, report, stop)
 
 
-def train(
-    trainer: Trainer, loader: DataLoader, val_set: Dataset | None, output: Path, report: Report
-) -> int:
-    """The loop: steps, a checkpoint every few minutes, and after an epoch an evaluation. Returns the exit status."""
-    config, here, train_set = trainer.config, trainer.here, loader.dataset.dataset
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line.
 
-    def save(name: str) -> None:
-        state, error = trainer.state(train_set), None
-        try:
-            if here.is_main:
-                save_checkpoint(output / name, state)
-        except OSError as problem:
-            error = problem
-        here.raise_together(error)
-        trainer.clock.restart()
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped the run.
 
-    while trainer.epoch < config.epochs:
-        for _ in report.progress(trainer.train_epoch(loader), trainer):
-            if trainer.save_due:
-                save("last.pt")
-        here.copy_buffers(trainer.model)
-        save("last.pt")  # before the evaluation, which may take long
-        if signals := [number for number in here.gather(trainer.stop.signal) if number]:
-            trainer.stop.signal = signals[0]
-            report.say(
-                f"stopped by signal {signals[0]} at step {trainer.step}; saved {output / 'last.pt'}"
-            )
-            return 128 + signals[0]
-        metrics: dict[str, Any] = {}
-        if val_set is not None and (
-            (trainer.epoch + 1) % config.eval_every == 0 or trainer.epoch + 1 == config.epochs
-        ):
-            size = config.micro_batch or config.batch_size // here.size
-            with trainer.stop.obeyed(
-                f"in an evaluation; {output / 'last.pt'} is from right before it"
-            ):
-                loading = {"batch_size": size, "workers": config.workers}
-                metrics, _ = evaluate(trainer.model, val_set, here, **loading, amp=config.amp)
-            report.say(format_table(metrics))
-        trainer.epoch += 1
-        improved = metrics.get("AP", -1.0) > trainer.best
-        trainer.best = max(trainer.best, metrics.get("AP", -1.0))
-        report.end_epoch(trainer, metrics)
-        if improved:  # before last.pt, which says that it is done
-            save("best.pt")
-        save("last.pt")
-    report.say(f"written: {', '.join(sorted(path.name for path in output.iterdir()))} in {output}")
-    return 0
+    Raises:
+        UserError: a mistake that the user can fix.
+    """
+    args, checkpoint = read_args(sys.argv[1:] if argv is None else list(argv))
+    return run(args, checkpoint)
 
 
 if __name__ == "__main__":

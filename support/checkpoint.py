@@ -1,16 +1,17 @@
-"""Checkpoints: one file that holds a model and all that is needed to use it, or to go on training it.
+"""Checkpoints: one file that holds a model and all that it takes to use it, or to train it further.
 
-A checkpoint is a dict of tensors and plain values, always read with `torch.load(..., weights_only=True)`:
+A checkpoint is a dict of tensors and plain values, always read with `weights_only=True`:
 
     model          state dict of `SparseRCNN`
     config         `Config.to_dict()`
     class_names    K names, in the order of the labels
     category_ids   K ids of the training annotations, in the same order
     optimizer, schedule, scaler, epoch, step, best, bad_in_a_row, sums, rng
-                   in training only: what `train.py --resume` needs (see `Trainer.state`)
+                   only in training: what `train.py --resume` needs (see `Training.state`)
 
-Weights of the authors' code and of MMDetection are told apart by their keys and converted while they are read. The
-authors' published ones are known by name (`PUBLISHED`) and downloaded once into torch.hub's cache.
+Weights of the authors' code and of MMDetection are recognised by their keys and converted while
+they are read. The authors' published ones are known by name (`PUBLISHED`) and downloaded once into
+torch.hub's cache.
 """
 
 import os
@@ -19,43 +20,56 @@ import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from config import Config
 from model import SparseRCNN, build_model
 from support.convert import as_checkpoint, convert_checkpoint
+from support.distributed import ParallelModel, World
 from support.errors import UserError, first_line
 
 _KEYS = ("model", "config", "class_names", "category_ids")
+_TRAINING_KEYS = (
+    *("optimizer", "schedule", "scaler", "epoch", "step"),
+    *("best", "bad_in_a_row", "sums", "rng"),
+)
 
 
 class Published(NamedTuple):
     """Weights that can be downloaded."""
 
     url: str
-    sha256: str | None = None  # None: not known; then a download counts as whole if it can be read
+    sha256: str | None = None  # None: not known; a download then counts as whole if it can be read
+    megabytes: int = 420  # about: four bytes per parameter
 
 
-# Not verified here: neither that the files are there, nor what is in them. The authors give no checksums.
+# Neither the links nor the files behind them could be tried. The authors give no checksums.
 _RELEASE = "https://github.com/PeizeSun/SparseR-CNN/releases/download/v0.1"
 PUBLISHED = {
     "sparse-rcnn-r50-100": Published(f"{_RELEASE}/r50_100pro_3x_model.pth"),
     "sparse-rcnn-r50-300": Published(f"{_RELEASE}/r50_300pro_3x_model.pth"),
-    "sparse-rcnn-r101-100": Published(f"{_RELEASE}/r101_100pro_3x_model.pth"),
-    "sparse-rcnn-r101-300": Published(f"{_RELEASE}/r101_300pro_3x_model.pth"),
+    "sparse-rcnn-r101-100": Published(f"{_RELEASE}/r101_100pro_3x_model.pth", megabytes=500),
+    "sparse-rcnn-r101-300": Published(f"{_RELEASE}/r101_300pro_3x_model.pth", megabytes=500),
 }
 
 
+# --- files ---
+
+
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Writes to a temporary file, syncs it, then renames: whenever this is killed, `path` is whole, old or new.
+    """Writes to a temporary file, syncs it, then renames it.
+
+    Whenever this is killed, `path` holds a whole checkpoint, the old one or the new one.
 
     Raises:
-        OSError: the file cannot be written (no space, no permission); what was at `path` is untouched.
+        OSError: the file cannot be written (no space, no permission); what was at `path` is intact.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -65,44 +79,43 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        # On a full disk torch raises a RuntimeError about a file position while it handles the
+        # OSError that says why.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(
-            f"{path}: the checkpoint could not be written ({error}); what was there before is intact"
+            f"{path}: the checkpoint could not be written ({cause}); what was there is intact"
         ) from error
 
 
 def download(name: str) -> Path:
-    """The file of published weights in torch.hub's cache, downloaded where it is not there yet.
+    """The file of published weights in torch.hub's cache, downloaded if it is not there yet.
 
     Raises:
-        UserError: the download failed or is broken; the message says which file to put where.
+        UserError: the download failed or is damaged; the message says which file to put where.
     """
-    url, sha256 = PUBLISHED[name]
+    url, sha256, megabytes = PUBLISHED[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.exists():
         return path
-    # A name of this process's own, since others may be downloading too; the rename at the end is atomic.
+
+    print(f"{name}: downloading about {megabytes} MB from {url} to {path}", flush=True)
+    # The name is this process's own, because others may be downloading too. The rename is atomic.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            url, str(partial), hash_prefix=sha256, progress=sys.stderr.isatty()
-        )
-        read_checkpoint(partial)  # a connection lost midway is no error to urllib
-        if zipfile.is_zipfile(partial) and (
-            damaged := zipfile.ZipFile(partial).testzip()
-        ):  # torch.load does not check
+        has_terminal = sys.stderr.isatty()
+        torch.hub.download_url_to_file(url, str(partial), hash_prefix=sha256, progress=has_terminal)
+        read_checkpoint(partial)  # urllib takes a connection that was lost midway for a success
+        # torch.load does not check the contents.
+        if zipfile.is_zipfile(partial) and (damaged := zipfile.ZipFile(partial).testzip()):
             raise UserError(f"{damaged} in it is damaged")
         os.replace(partial, path)
-    except (
-        OSError,
-        HTTPException,
-        RuntimeError,
-        UserError,
-    ) as error:  # RuntimeError: the checksum differs
+    except (OSError, HTTPException, RuntimeError, UserError) as error:  # Runtime: wrong checksum
         raise UserError(
-            f"{name}: {url} could not be downloaded ({first_line(error)}); try again, or put that file at {path}"
+            f"{name}: {url} could not be downloaded ({first_line(error)}); try again, or put that "
+            f"file at {path}"
         ) from None
     finally:
         partial.unlink(missing_ok=True)
@@ -110,54 +123,75 @@ def download(name: str) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Any file of tensors and plain values, or weights known by name (`PUBLISHED`), on the CPU; nothing is executed.
+    """Reads any file of tensors and plain values, or `PUBLISHED` weights; nothing is executed.
+
+    Returns:
+        The dict in the file, its tensors on the CPU.
 
     Raises:
-        UserError: the file is missing, unreadable, no checkpoint, or holds more than tensors and plain values.
+        UserError: the file is missing, unreadable, no checkpoint, or holds more than tensors and
+            plain values.
     """
     if str(path) in PUBLISHED and not Path(path).exists():
         path = download(str(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such checkpoint; it is a file, or one of {', '.join(PUBLISHED)}"
-        ) from None
+        names = ", ".join(PUBLISHED)
+        raise UserError(f"{path}: no such checkpoint; give a file, or one of {names}") from None
     except pickle.UnpicklingError as error:
-        # Not torch's whole message, which advises to load the file without this protection.
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {wanted[1]}" if wanted else "it was not written by torch.save"
-        raise UserError(
-            f"{path}: not a checkpoint of tensors and plain values, {reason}; nothing else is loaded, as a pickle can "
-            'run any code. Of a training checkpoint of MMDetection, save its "state_dict" alone'
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint ({first_line(error)}); replace the file"
-        ) from None
+        # torch's own message advises to load the file without this protection.
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path}: not a checkpoint of tensors and plain values, it asks for {wanted[1]}. "
+                "Nothing else is loaded, because a pickle can run any code. From a training "
+                'checkpoint of MMDetection, save the "state_dict" alone'
+            ) from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({_damage(path)})") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError):
+        raise UserError(f"{path}: cannot be read as a checkpoint ({_damage(path)})") from None
     if not isinstance(checkpoint, dict):
-        raise UserError(
-            f"{path}: holds a {type(checkpoint).__name__}, not the dict of a checkpoint"
-        )
+        kind = type(checkpoint).__name__
+        raise UserError(f"{path}: holds a {kind}, not the dict of a checkpoint")
     return checkpoint
 
 
+def _damage(path: str | Path) -> str:
+    """What seems to be wrong with a file that torch cannot read, and what to do."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        return f"{error.strerror}; check the path"
+    if not start:
+        return "the file is empty; replace the file, or take an earlier checkpoint"
+    if not start.strip(b"\0"):
+        return "the file holds zeros, as after a power failure; replace the file, or take an earlier checkpoint"
+    if start.startswith(b"PK"):
+        return "the file is cut off or damaged; replace the file, or take an earlier checkpoint"
+    return "it was not written by torch.save; replace the file, or check its name"
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this project; one of the authors' code or of MMDetection becomes one.
+    """A checkpoint of this project; one of the authors' code or of MMDetection is converted.
 
     Raises:
-        UserError: as `read_checkpoint`, or the file is a checkpoint of something else.
+        UserError: as `read_checkpoint`, or it is a checkpoint of something else.
     """
     checkpoint = read_checkpoint(path)
     missing = [key for key in _KEYS if key not in checkpoint]
     if missing and "config" in checkpoint:
-        raise UserError(
-            f"{path}: not a whole checkpoint of this project, it lacks {', '.join(missing)}"
-        )
+        names = ", ".join(missing)
+        raise UserError(f"{path}: not a whole checkpoint of this project, it lacks {names}")
+    if not missing:
+        return checkpoint
     try:
-        return as_checkpoint(checkpoint) if missing else checkpoint
+        return as_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+# --- models ---
 
 
 def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
@@ -166,35 +200,36 @@ def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str 
     Raises:
         UserError: the tensors are not exactly those of the model.
     """
-    own = model.state_dict()
-    reasons = [
-        f"{title}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
-        for title, keys in (
-            ("missing", [key for key in own if key not in state_dict]),
-            ("left over", [key for key in state_dict if key not in own]),
-            (
-                "of another shape",
-                [
-                    f"{key} {list(value.shape)} in the file, {list(own[key].shape)} in the model"
-                    for key, value in state_dict.items()
-                    if key in own and own[key].shape != value.shape
-                ],
-            ),
-        )
-        if keys
+    wanted = model.state_dict()
+    other_shapes = [
+        f"{key} {list(value.shape)} in the file, {list(wanted[key].shape)} in the model"
+        for key, value in state_dict.items()
+        if key in wanted and wanted[key].shape != value.shape
     ]
+    problems = {
+        "missing": [key for key in wanted if key not in state_dict],
+        "left over": [key for key in state_dict if key not in wanted],
+        "of another shape": other_shapes,
+    }
+
+    reasons = []
+    for title, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+            reasons.append(f"{title}: {', '.join(keys[:6])}{more}")
     if reasons:
         raise UserError(f"{path}: does not fit the model; {'; '.join(reasons)}")
     model.load_state_dict(state_dict)
 
 
 def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> list[str]:
-    """Starts a model from other weights, for fine-tuning: tensors of the same name and shape are taken over.
+    """Starts a model from other weights, for fine-tuning: tensors of the same name and shape.
 
     Args:
         model: changed in place.
         path: a checkpoint of ours, of the authors' code or of MMDetection.
-        class_names: what the model is to learn; the class layers start anew where ours in the file are others.
+        class_names: what the model is to learn. If the file says that it learned other classes, the
+            class layers start afresh.
 
     Returns:
         Lines that say what was taken over and what was not.
@@ -205,44 +240,164 @@ def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str
     checkpoint = read_checkpoint(path)
     is_ours = all(key in checkpoint for key in _KEYS)
     theirs = checkpoint["model"] if is_ours else convert_checkpoint(checkpoint)
-    own = model.state_dict()
-    other_classes = is_ours and list(checkpoint["class_names"]) != list(class_names)
-    fitting = {
-        key: value
-        for key, value in theirs.items()
-        if key in own
-        and own[key].shape == value.shape
-        and not (other_classes and ".cls_logits." in key)
-    }
+    has_other_classes = is_ours and list(checkpoint["class_names"]) != list(class_names)
+
+    wanted = model.state_dict()
+    fitting = {}
+    for key, value in theirs.items():
+        is_kept = not (has_other_classes and ".cls_logits." in key)
+        if is_kept and key in wanted and wanted[key].shape == value.shape:
+            fitting[key] = value
     if not fitting:
         raise UserError(
-            f"{path}: not one of its {len(theirs)} tensors fits the model; is it of another --preset?"
+            f"{path}: none of its {len(theirs)} tensors fits the model; is it of another --preset?"
         )
     model.load_state_dict(fitting, strict=False)
-    lines = [f"{path}: took over {len(fitting)} of the model's {len(own)} tensors"]
-    for title, keys in (
-        (
-            "start anew (another shape or other classes)",
-            [key for key in own if key in theirs and key not in fitting],
-        ),
-        ("start anew (not in the file)", [key for key in own if key not in theirs]),
-        ("left over in the file", [key for key in theirs if key not in own]),
-    ):
-        if keys:
-            lines.append(f"  {title}: {', '.join(keys)}")
+
+    unfit = [key for key in wanted if key in theirs and key not in fitting]
+    leftovers = {
+        "start afresh (another shape or other classes)": unfit,
+        "start afresh (not in the file)": [key for key in wanted if key not in theirs],
+        "left over in the file": [key for key in theirs if key not in wanted],
+    }
+    lines = [f"{path}: took over {len(fitting)} of the model's {len(wanted)} tensors"]
+    lines += [f"  {title}: {', '.join(keys)}" for title, keys in leftovers.items() if keys]
     return lines
 
 
 def load_model(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[SparseRCNN, dict[str, Any]]:
-    """The model of a checkpoint in eval mode on the device, and the checkpoint, its weights taken out.
+    """The model of a checkpoint, in eval mode on the device, and the checkpoint without weights.
+
+    Its "config" is a `Config`.
 
     Raises:
         UserError: as `load_checkpoint`, or the weights do not fit the config beside them.
     """
     checkpoint = load_checkpoint(path)
-    checkpoint["config"] = config = Config.from_dict(checkpoint["config"])
+    config = Config.from_dict(checkpoint["config"])
     model = build_model(config, pretrained_backbone=False)
     load_strictly(model, checkpoint.pop("model"), path)
-    return model.to(device).eval(), checkpoint
+    return model.to(device).eval(), {**checkpoint, "config": config}
+
+
+# --- a training ---
+
+
+@dataclass
+class Training:
+    """A model in training, and everything else that a checkpoint has to hold to go on."""
+
+    model: SparseRCNN
+    optimizer: Optimizer
+    config: Config
+    world: World
+    steps_per_epoch: int
+    num_images: int  # in the training set
+    class_names: Sequence[str] = ()
+    category_ids: Sequence[int] = ()
+
+    epoch: int = 0  # epochs finished, evaluation included
+    step: int = 0  # batches taken, those that were skipped included
+    best: float = -1.0  # best AP so far, as a fraction of 1
+    bad_in_a_row: int = 0  # steps that were skipped, up to now
+    sums: dict[str, float] = field(default_factory=dict)  # over the epoch, of what the report means
+
+    def __post_init__(self) -> None:
+        self.parallel = ParallelModel(self.model, self.world)
+        is_fp16 = self.config.amp == "fp16"
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=is_fp16)
+
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def steps_into_epoch(self) -> int:
+        """Batches of the current epoch that were taken."""
+        return self.step - self.epoch * self.steps_per_epoch
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint in the main process; all processes have to call this.
+
+        Raises:
+            UserError, OSError: in all processes, if the file cannot be written.
+        """
+        state = self.state()
+        with self.world.together():
+            if self.world.is_main:
+                save_checkpoint(path, state)
+
+    def state(self) -> dict[str, Any]:
+        """The contents of the checkpoint; all processes have to call this."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return {
+            "model": self.model.state_dict(),
+            "config": self.config.to_dict(),
+            "class_names": list(self.class_names),
+            "category_ids": list(self.category_ids),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {
+                "total_steps": self.total_steps,
+                "learning_rate": self.config.learning_rate,
+                "batch_size": self.config.batch_size,
+                "num_images": self.num_images,
+            },
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "bad_in_a_row": self.bad_in_a_row,
+            "sums": dict(self.sums),
+            "rng": self.world.gather(rng),
+        }
+
+    def restore(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        """Goes back to what `state` saved.
+
+        Raises:
+            UserError: the checkpoint is of another model, batch size or data set, or was not
+                written by a training.
+        """
+        self._check_resumable(checkpoint, path)
+        load_strictly(self.model, checkpoint["model"], path)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay
+        if checkpoint["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
+
+        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+        self.best = checkpoint["best"]
+        self.bad_in_a_row = checkpoint["bad_in_a_row"]
+        self.sums = checkpoint["sums"]
+
+        if len(checkpoint["rng"]) == self.world.size:
+            rng = checkpoint["rng"][self.world.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.world.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.world.device)
+
+    def _check_resumable(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        if missing := [key for key in _TRAINING_KEYS if key not in checkpoint]:
+            raise UserError(
+                f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}; try "
+                "--weights"
+            )
+
+        schedule = checkpoint["schedule"]  # without the sizes in checkpoints of earlier versions
+        batch_size = schedule.get("batch_size", checkpoint["config"]["batch_size"])
+        num_images = schedule.get("num_images", self.num_images)
+        steps_into_epoch = checkpoint["step"] - checkpoint["epoch"] * self.steps_per_epoch
+        is_same = (batch_size, num_images) == (self.config.batch_size, self.num_images)
+        if not (is_same and 0 <= steps_into_epoch <= self.steps_per_epoch):
+            raise UserError(
+                f"{path}: epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']} of a training "
+                f"on {num_images} images with --batch-size {batch_size}; here are "
+                f"{self.num_images} images, and --batch-size {self.config.batch_size}. Resume with "
+                "the same, or start another run with --weights"
+            )

@@ -1,22 +1,47 @@
-"""Command lines: reading them, exit codes, devices."""
+"""What all command lines share: how they are read, how they end, and which device they run on."""
 
 import argparse
+import contextlib
+import os
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import asdict, fields, make_dataclass, replace
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 import tyro
 
-from config import PRESETS, Config
+from config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    PresetName,
+    TrainingConfig,
+)
 from support.errors import UserError, first_line
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# The groups of `--help`, the everyday ones first.
+GROUPS = {
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "model": ModelConfig,
+    "matching_and_loss": LossConfig,
+}
+BUG_EXIT_CODE = (
+    70  # "internal software error" in BSD's sysexits.h; Python's own 1 is taken, see `run_main`
+)
+
 
 def preset_from(argv: Sequence[str]) -> Config:
-    """The preset that `--preset` names in a command line, so that its values become the defaults of all other flags.
+    """The preset that `--preset` names; its values become the defaults of all other flags.
 
     Raises:
         UserError: there is no preset of that name.
@@ -32,28 +57,53 @@ def preset_from(argv: Sequence[str]) -> Config:
 def parse_args(
     argv: Sequence[str] | None, into: type, prog: str, description: str, **defaults: Any
 ) -> Any:
-    """Reads a command line into the dataclass `into` with tyro; a wrong flag prints what is wrong and exits with 2."""
-    args = sys.argv[1:] if argv is None else list(argv)
-    default = into(**defaults) if defaults else None
-    kwargs = {"default": default} if default is not None else {}
-    config = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(into, args=args, prog=prog, description=description, config=config, **kwargs)
+    """Reads a command line into the dataclass `into`; a wrong flag is explained and exits with 2.
+
+    A field `config: Suppress[Config]` of `into` becomes one flag per setting. `--help` lists them
+    in the groups that `Config` is made of.
+
+    Args:
+        argv: the arguments; by default the process's own.
+        into: a dataclass; the comment beside a field is its help text.
+        prog: the name of the command.
+        description: what it does.
+        defaults: values of `into` that replace its defaults.
+    """
+    read = partial(
+        tyro.cli,
+        args=sys.argv[1:] if argv is None else list(argv),
+        prog=prog,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if "config" not in defaults:
+        return read(into)
+
+    config = defaults["config"]
+    flags = {"run": into(**defaults), "preset": config.preset}
+    for name, group in GROUPS.items():
+        flags[name] = group(**{f.name: getattr(config, f.name) for f in fields(group)})
+    preset_help = tyro.conf.arg(help="where the defaults of all other flags come from")
+    preset = Annotated[PresetName, preset_help]
+    Flags = make_dataclass("Flags", [("run", into), ("preset", preset), *GROUPS.items()])
+    parsed = read(Flags, default=Flags(**flags))
+
+    values = {"preset": parsed.preset}
+    for name in GROUPS:
+        values |= asdict(getattr(parsed, name))
+    return replace(parsed.run, config=Config(**values))
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes CUDA, else Apple's MPS, else the CPU; any other name is torch's.
+    """The device of a name; "auto" is CUDA if there is any, else Apple's MPS, else the CPU.
 
     Raises:
         UserError: torch does not know the device, or the machine does not have it.
     """
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -62,15 +112,42 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def run_main(main: Callable[[], int | None], prog: str) -> int:
-    """Runs a command line: 0 for success, 2 and one line on standard error for what is the user's to mend.
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them: 4.2 s, 3 min 07 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
-    A `main` that finished but skipped some inputs returns 1. Errors of the program itself keep their trace.
+
+def run_main(main: Callable[[], int | None], prog: str) -> int:
+    """Runs a command line and returns its exit code.
+
+    0 is success, 1 is for a command that finished but skipped some inputs (`main` returns it), and
+    2 is for a mistake that the user can fix, with one line on standard error. Ctrl-C gives 130. A
+    bug keeps its stack trace and gives 70, because Python's usual 1 has a meaning here.
     """
-    # Without this Python shows the line of ours that warned, which tells a user nothing.
+    start = time.perf_counter()
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of cp1251 or ASCII has no "×". That must not end a run of hours.
+        with contextlib.suppress(AttributeError, ValueError):  # a stream that somebody replaced
+            stream.reconfigure(errors="backslashreplace")
+    # Python would also print the line of code that warned, which does not help a user.
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
+
     try:
-        return main() or 0
+        status = main() or 0
+        if status in (0, 1) and os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: took {duration(time.perf_counter() - start)}", flush=True)
+        return status
     except (UserError, OSError, FloatingPointError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return BUG_EXIT_CODE

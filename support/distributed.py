@@ -1,35 +1,31 @@
-"""Several processes as one: which images each of them trains on, and what they tell one another.
+"""Several processes that train as one: who they are, and what they tell one another.
 
-The recipe is the same at any number of processes. The images of step s of epoch e depend on (seed, e, s) alone, and
-process r of n takes every n-th of them from the r-th on. How an image is augmented depends on (seed, e, image) alone,
-whichever process or worker does it. So one process and eight see the same batches, and a run that is resumed sees what
-it would have seen. Two things depend on the division: padding, which is not masked and is to the largest of the images
-that go through at a time, and trained batch norms (`--backbone small`, `--no-freeze-backbone`), whose statistics are of
-the images that one process takes at a time.
-
-Deviations (ours | paper | authors' code | why)
-    wide and tall images are shuffled apart, in batches of the whole effective size | — | each process fills batches of
-        its own as images come | the same grouping, but one that does not depend on the number of processes
+The recipe is the same with any number of processes. Every loss is divided by the number of objects
+in the whole batch, and gradients are summed over the processes, so eight processes compute the
+gradient that one process would. Two things still depend on how a batch is divided: padding, which
+is not masked and goes up to the largest image that one process takes at a time, and trained batch
+norms (`--backbone small`, `--no-freeze-backbone`), whose statistics cover only those images.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from support.cli import pick_device
-from support.errors import UserError
+from support.errors import NotFinite, UserError
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; one process without torchrun is a world of its own."""
+    """The processes of a run; without torchrun, one process is a world of its own."""
 
     device: torch.device
     rank: int = 0
@@ -44,26 +40,10 @@ class World:
         """Each value summed over all processes; all of them have to call this."""
         if self.size == 1:
             return list(values)
-        # float64: counts stay exact
+        # float64, so that counts stay exact.
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
-
-    def raise_together(self, error: Exception | None) -> None:
-        """Ends all processes where one has met an error: its own there, a `UserError` of the same text elsewhere.
-
-        All processes have to call this; without it the others would wait for the one that stopped.
-        """
-        texts = [
-            text for text in self.gather(None if error is None else str(error)) if text is not None
-        ]
-        if texts:
-            raise error or UserError(texts[0])
-
-    def copy_buffers(self, model: nn.Module) -> None:
-        """Gives all processes the main one's buffers: the running statistics of trained batch norms."""
-        for buffer in model.buffers() if self.size > 1 else ():
-            dist.broadcast(buffer, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank; all of them have to call this. The values are pickled."""
@@ -73,29 +53,57 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Ends all processes if one of them meets a `UserError` or an `OSError` inside.
+
+        That process raises its own error, the others a `UserError` with the same text. All of them
+        have to get here; without this the others would wait forever for the one that stopped.
+        """
+        error = None
+        try:
+            yield
+        except (UserError, OSError) as problem:
+            error = problem
+        self.raise_together(error)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """What `together` does at its end, for an error that was caught earlier."""
+        texts = [text for text in self.gather(error and str(error)) if text is not None]
+        if texts:
+            raise error or UserError(texts[0])
+
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the main one's buffers: the statistics of trained batch norms."""
+        for buffer in model.buffers() if self.size > 1 else ():
+            dist.broadcast(buffer, 0)
+
 
 @contextlib.contextmanager
-def world(device_name: str) -> Iterator[World]:
-    """Joins the processes that torchrun started, each on its own GPU where there are GPUs; else a world of one.
+def join_world(device_name: str) -> Iterator[World]:
+    """Joins the processes that torchrun started, each on its own GPU if there are GPUs.
+
+    Without torchrun it gives a world of one process.
 
     Args:
-        device_name: "auto" or torch's name; under torchrun "cuda" becomes this process's own GPU.
+        device_name: "auto" or torch's name; under torchrun "cuda" is this process's own GPU.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or another process has died.
     """
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and device_name in ("auto", "cuda"):
-        device_name = f"cuda:{os.environ['LOCAL_RANK']}"  # at once: even a look at GPU 0 would take memory there
+        # Right away: even a look at GPU 0 would take memory there.
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device_name)
     if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         yield World(device)
         return
-    # A process that waits longer than this for the others gives up: a hang is worse than an error.
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-    )
+
+    # A process that waits longer than this for the others gives up: an error is better than a hang.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     is_done = False
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
@@ -103,10 +111,67 @@ def world(device_name: str) -> Iterator[World]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise UserError(
-                f"lost the other processes, the first error above is the cause ({error})"
+                f"lost the other processes; the first error above is the cause ({error})"
             ) from None
         raise
     finally:
         # After an error NCCL would wait here for processes that wait for this one; gloo lets go.
         if is_done or device.type != "cuda":
             dist.destroy_process_group()
+
+
+class _Quiet(nn.Module):
+    """A model that keeps a `FloatingPointError` as `problem` and returns no losses."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.problem: str | None = None
+
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+        self.problem = None
+        try:
+            return self.model(*inputs)
+        except FloatingPointError as error:
+            self.problem = str(error)
+            return {}
+
+
+class ParallelModel:
+    """The model that all processes train together: `DistributedDataParallel` that skips together.
+
+    A process that raised an error in the middle of DistributedDataParallel's forward pass would
+    leave it in a state that the others do not share. One that went on alone would wait for the
+    others forever. So an error is kept until the forward pass is over, and then raised by all.
+    """
+
+    def __init__(self, model: nn.Module, world: World):
+        self.world = world
+        self.quiet = _Quiet(model)
+        self.replica = DistributedDataParallel(self.quiet) if world.size > 1 else self.quiet
+
+    def __call__(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Any]],
+        num_objects: float,
+        is_last: bool = True,
+    ) -> dict[str, Tensor]:
+        """The losses of this process's images.
+
+        Args:
+            images, targets, num_objects: see `SparseRCNN.forward`.
+            is_last: the next backward pass averages the gradients over the processes. False for all
+                parts of a batch but its last: their gradients add up here first.
+
+        Raises:
+            NotFinite: in all processes, if the losses of one of them cannot be computed.
+        """
+        alone = contextlib.nullcontext()
+        if not is_last and self.world.size > 1:
+            alone = self.replica.no_sync()
+        with alone:
+            losses = self.replica(images, targets, num_objects)
+        if self.world.sum(self.quiet.problem is not None)[0]:
+            raise NotFinite(self.quiet.problem)
+        return losses

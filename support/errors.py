@@ -1,17 +1,25 @@
-"""The one exception that users are meant to see."""
+"""The errors that are expected; every other exception is a bug and keeps its stack trace."""
 
 
 class UserError(ValueError):
-    """Something that is the user's to mend: command lines print the message alone, without a trace, and exit with 2.
+    """A mistake that the user can fix: command lines print only the message and exit with 2.
 
-    The message is one line that says what was wrong, where, and what to do.
+    The message is one line that says what is wrong, where, and what to do.
     """
 
-    def __str__(self) -> str:
-        # A DataLoader re-raises a worker's error with the worker's whole trace as the message: ours comes last in it.
-        return super().__str__().rsplit("UserError: ", 1)[-1].strip()
+
+class NotFinite(ArithmeticError):
+    """A training step whose loss or gradient is not finite; raised in all processes alike.
+
+    Args:
+        problem: what is not finite, and why if that is known; None where another process met it.
+    """
+
+    def __init__(self, problem: str | None):
+        super().__init__(problem)
+        self.problem = problem
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or the error's type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What goes wrong in a training: signals, steps that are not finite, the clock of checkpoints."""
+"""What goes wrong in a training: signals, steps that are not finite, time between checkpoints."""
 
 import contextlib
 import signal
@@ -6,38 +6,74 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from support.checkpoint import Training
+from support.distributed import World
+from support.errors import NotFinite, UserError
 
 
-class Guarded(nn.Module):
-    """A model that notes a `FloatingPointError` as `problem` and returns no losses, rather than raise it.
+@contextlib.contextmanager
+def statistics_restored(model: nn.Module) -> Iterator[None]:
+    """Puts the running statistics of trained batch norms back if the step inside is `NotFinite`.
 
-    Raised inside DistributedDataParallel by one process alone, it would leave that one in a state of its own.
+    They change in the forward pass: one bad batch would stay in them for good. Frozen norms have
+    none that change.
     """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    except NotFinite:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        raise
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.problem = model, None
 
-    def forward(self, *inputs: Any) -> dict[str, Tensor]:
-        """The model's losses, or an empty dict."""
-        try:
-            self.problem = None
-            return self.model(*inputs)
-        except FloatingPointError as error:
-            self.problem = str(error)
-            return {}
+def skip(training: Training, image_ids: list[int], error: NotFinite) -> dict[str, float]:
+    """Leaves a step out: one bad batch should not cost a run. The authors' code ends the run.
+
+    Args:
+        training: its gradients are cleared, its skipped steps counted.
+        image_ids: this process's images of the step.
+        error: what happened.
+
+    Returns:
+        What the report counts in place of losses.
+
+    Raises:
+        UserError: `max_bad_steps` steps in a row were skipped; names the images and what to try.
+    """
+    training.optimizer.zero_grad(set_to_none=True)
+    training.bad_in_a_row += 1
+    if training.bad_in_a_row < training.config.max_bad_steps:
+        return {"bad_steps": 1.0}
+
+    reports = training.world.gather((error.problem, image_ids))
+    causes = [f"{problem} (image ids {ids})" for problem, ids in reports if problem]
+    rate = training.optimizer.param_groups[0]["lr"]
+    raise UserError(
+        f"{training.bad_in_a_row} steps in a row were not finite: {'; '.join(causes)}. The last "
+        f"checkpoint is from before. Try a lower --lr (it was {rate:.2g} for batches of "
+        f"{training.config.batch_size}), --amp off or bf16 instead of fp16, and --check-data for "
+        "the boxes"
+    )
 
 
 class StopSignal:
-    """Within `with`, SIGTERM (pre-emption) and SIGINT (Ctrl-C) are noted rather than obeyed; a second Ctrl-C is obeyed.
+    """Inside `with`, SIGTERM (pre-emption) and SIGINT (Ctrl-C) are noted instead of obeyed.
 
-    After a stop they stay noted until the process ends: torchrun sends SIGTERM to all as soon as one has ended.
+    A second Ctrl-C is obeyed. After a stop both stay noted until the process ends, because torchrun
+    sends SIGTERM to all processes as soon as one of them has ended.
+
+    Attributes:
+        signal: the number of the signal that came, or None.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._at_once = False
+        self._text: str | None = None  # what to print before obeying at once
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -46,19 +82,27 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items() if self.signal is None else ():
-            signal.signal(number, handler)
+        if self.signal is None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def of_any(self, world: World) -> int | None:
+        """The signal that some process got, or None; all processes have to call this."""
+        signals = [number for number in world.gather(self.signal) if number is not None]
+        if signals:
+            self.signal = signals[0]
+        return self.signal
 
     @contextlib.contextmanager
     def obeyed(self, text: str) -> Iterator[None]:
-        """Within it a signal ends the process at once, with `text` and the conventional exit status."""
-        self._at_once, self._text = True, text
+        """Inside, a signal ends the process at once, with `text` and the usual exit code."""
+        self._text = text
         yield
-        self._at_once = False
+        self._text = None
 
     def _note(self, number: int, _: object) -> None:
         self.signal = int(number)
-        if self._at_once:
+        if self._text is not None:
             print(f"stopped by signal {self.signal} {self._text}", flush=True)
             raise SystemExit(128 + self.signal)
         if number == signal.SIGINT:
@@ -66,16 +110,16 @@ class StopSignal:
 
 
 class Clock:
-    """Says when `minutes` have passed since the last restart."""
+    """Says when the next checkpoint is due."""
 
     def __init__(self, minutes: float):
         self.seconds = 60 * minutes
-        self.restart()
-
-    def restart(self) -> None:
-        """From now on."""
-        self.since = time.monotonic()
+        self.last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether the minutes have passed."""
-        return time.monotonic() - self.since >= self.seconds
+        """Whether the minutes have passed since the last time that this was so."""
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True

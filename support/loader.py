@@ -1,51 +1,123 @@
-"""Batches by shape and process, workers, seeds."""
+"""Loads batches: which images each process takes, in which order, and the workers that decode them.
+
+The images of a step depend only on (seed, epoch, step), and process r of n takes every n-th of
+them, starting with the r-th. How an image is augmented depends only on (seed, epoch, image), no
+matter which process or worker does it. So one process and eight see the same batches, and a run
+that is resumed sees what it would have seen.
+
+Wide and tall images are shuffled separately, in batches of the whole effective size. The authors'
+code groups them too, but in every process as images come, so that the order depends on the number
+of processes.
+"""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from support.distributed import World
 from support.errors import UserError
+from support.faults import Clock, StopSignal
 
 Target = dict[str, Any]
 
 
-def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Lists, for images differ in size; the model pads them."""
-    images, targets = zip(*batch, strict=True)
-    return list(images), list(targets)
+class Part(NamedTuple):
+    """The images of a batch that go through the model at the same time."""
+
+    images: list[Tensor]
+    targets: list[Target]
+    is_last: bool
 
 
-def usable_workers(workers: int) -> int:
-    """At most one worker a processor that this process may run on: more slow one another down."""
-    return min(
-        workers,
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    )
+class Batch(NamedTuple):
+    """What one process trains on in one step, and what all processes agreed on beforehand."""
+
+    images: list[Tensor]  # each (3, H, W) uint8
+    targets: list[Target]  # see data.py
+    num_objects: float  # in the whole batch, over all processes
+    num_images: int = 0  # likewise
+    is_save_due: bool = False  # a checkpoint is to be written after this step
+    started: float = 0.0  # time.perf_counter() before this batch was waited for
+    data_seconds: float = 0.0  # that this process waited for it
+
+    def parts(self, size: int | None) -> Iterator[Part]:
+        """The batch in parts of at most `size` images; None is the whole batch."""
+        size = size or len(self.images)
+        for first in range(0, len(self.images), size):
+            end = first + size
+            is_last = end >= len(self.images)
+            yield Part(self.images[first:end], self.targets[first:end], is_last)
+
+
+def fetch(
+    loader: DataLoader, world: World, epoch: int, first: int, stop: StopSignal, clock: Clock
+) -> Iterator[Batch]:
+    """The batches of an epoch from number `first` on; ends early if a signal asks any process to.
+
+    Before each step the processes tell one another how many objects they have, whether one of them
+    was asked to stop, whether one failed to load an image, and whether a checkpoint is due.
+
+    Raises:
+        UserError, OSError: in all processes, if one of them cannot load an image.
+    """
+    loader.batch_sampler.seek(epoch, first)
+    batches = iter(loader)
+    for _ in range(first, len(loader.batch_sampler)):
+        started = time.perf_counter()
+        images, targets, error = [], [], None
+        try:
+            images, targets = next(batches)
+        except (UserError, OSError) as problem:  # an image that only this process has met
+            error = problem
+        data_seconds = time.perf_counter() - started
+
+        num_objects, num_images, stops, saves, errors = world.sum(
+            sum(len(target["labels"]) for target in targets),
+            len(images),
+            stop.signal is not None,
+            world.is_main and clock.is_due(),
+            error is not None,
+        )
+        if errors:
+            world.raise_together(error)
+        if stops:
+            return
+        yield Batch(
+            images, targets, num_objects, int(num_images), bool(saves), started, data_seconds
+        )
 
 
 class GroupedBatches(Sampler):
     """This process's share of every batch of an epoch, as (index, augmentation seed) pairs.
 
-    All batches but at most one hold only wide or only tall images, so that less is padding. What does not fill a batch
-    is left out; the next epoch leaves out others. A data set smaller than one batch is one smaller batch.
+    All batches but at most one hold only wide or only tall images, so that less is padding. What
+    does not fill a batch is left out; the next epoch leaves out other images. A data set smaller
+    than one batch is one smaller batch.
 
     Args:
         sizes_hw: (len, 2), height and width of each image.
         batch_size: of the whole batch, over all processes.
         seed: of the order and of the augmentation.
-        rank, world_size: which share.
+        rank: of this process.
+        world_size: number of processes that share each batch.
 
     Raises:
         UserError: the batch cannot be shared equally, or not even one can be filled.
     """
 
     def __init__(
-        self, sizes_hw: np.ndarray, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        sizes_hw: np.ndarray,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         if batch_size % world_size:
             raise UserError(
@@ -53,10 +125,12 @@ class GroupedBatches(Sampler):
             )
         if len(sizes_hw) < batch_size and world_size > 1:
             raise UserError(
-                f"{len(sizes_hw)} images do not fill one batch of {batch_size}; give a smaller --batch-size"
+                f"{len(sizes_hw)} images do not fill one batch of {batch_size}; give a smaller "
+                "--batch-size"
             )
         self.is_wide = sizes_hw[:, 1] > sizes_hw[:, 0]
-        self.batch_size, self.seed = min(batch_size, len(sizes_hw)), seed
+        self.batch_size = min(batch_size, len(sizes_hw))
+        self.seed = seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.first = 0, 0
 
@@ -64,32 +138,33 @@ class GroupedBatches(Sampler):
         return len(self.is_wide) // self.batch_size
 
     def seek(self, epoch: int, first: int) -> None:
-        """The next iteration is that of `epoch`, from batch number `first` on."""
+        """Lets the next iteration be that of `epoch`, from batch number `first` on."""
         self.epoch, self.first = epoch, first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.is_wide))
-        groups = [order[self.is_wide[order]], order[~self.is_wide[order]]]
-        # What is over in both groups makes one more batch at most, a mixed one.
-        whole = [group[: len(group) - len(group) % self.batch_size] for group in groups]
-        rest = np.concatenate(
-            [group[len(group) - len(group) % self.batch_size :] for group in groups]
-        )
-        batches = np.concatenate([*whole, rest])[: len(self) * self.batch_size].reshape(
-            len(self), self.batch_size
-        )
+
+        # Whole batches of wide images, whole batches of tall ones, and one mixed batch of the rest.
+        whole, rest = [], []
+        for group in (order[self.is_wide[order]], order[~self.is_wide[order]]):
+            end = len(group) - len(group) % self.batch_size
+            whole.append(group[:end])
+            rest.append(group[end:])
+        kept = np.concatenate(whole + rest)[: len(self) * self.batch_size]
+        batches = kept.reshape(len(self), self.batch_size)
+
         for batch in batches[rng.permutation(len(self))][self.first :]:
-            share = batch[self.rank :: self.world_size]
-            seeds = [
-                int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0])
-                for i in share
-            ]
-            yield list(zip(share.tolist(), seeds, strict=True))
+            share = batch[self.rank :: self.world_size].tolist()
+            yield [(index, self._augmentation_seed(index)) for index in share]
+
+    def _augmentation_seed(self, index: int) -> int:
+        sequence = np.random.SeedSequence((self.seed, self.epoch, index))
+        return int(sequence.generate_state(1)[0])
 
 
 class Reseeded(Dataset):
-    """A data set indexed by (index, seed): its random transforms draw from that seed and leave no trace."""
+    """A data set indexed by (index, seed): its random transforms draw from that seed."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -98,15 +173,67 @@ class Reseeded(Dataset):
         index, seed = key
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)  # the CPU's alone: the transforms run there
-        item = self.dataset[index]
-        torch.set_rng_state(state)
-        return item
+        try:
+            return self.dataset[index]
+        finally:
+            torch.set_rng_state(state)  # the model's dropout draws from the same generator
 
 
-def _leave_the_group(worker_id: int) -> None:
-    """Signals to the whole process group pass a worker by: the step that the main process finishes still needs it.
+class _Guarded(Dataset):
+    """A data set whose `UserError`s are items, so that they travel from a worker as they are.
 
-    They are not ignored: multiprocessing ends what is left of its workers with SIGTERM, and then waits for them.
+    A DataLoader would raise them anew with the worker's whole stack trace as their message.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def _collate(items: Sequence[Any]) -> tuple[list[Tensor], list[Target]] | UserError:
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return collate(items)
+
+
+def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """(image, target) pairs -> a list of images and a list of targets.
+
+    Lists, because images differ in size; the model pads them.
+    """
+    images, targets = zip(*batch, strict=True)
+    return list(images), list(targets)
+
+
+class Loader(DataLoader):
+    """A DataLoader whose `UserError`s are those of the data set, with no stack trace in them."""
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target]]]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def usable_workers(workers: int) -> int:
+    """At most one worker per processor that this process may run on: more only get in the way."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(workers, len(os.sched_getaffinity(0)))
+    return min(workers, os.cpu_count() or 1)
+
+
+def _start_worker(worker_id: int) -> None:
+    """Runs once in every worker.
+
+    Signals that go to the whole process group must not reach a worker: the step that the main
+    process finishes still needs it. They are not ignored, because multiprocessing ends the workers
+    that are left with SIGTERM and then waits for them.
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -115,23 +242,27 @@ def _leave_the_group(worker_id: int) -> None:
 
 def make_loader(
     dataset: Dataset, batches: Sequence | Sampler, workers: int, reseeded: bool = False
-) -> DataLoader:
-    """Batches of images and targets: workers decode ahead and stay from epoch to epoch, pinned where there is a GPU.
+) -> Loader:
+    """Batches of images and targets, decoded ahead by workers that stay from epoch to epoch.
 
     Args:
         dataset: of (image, target).
-        batches: yields lists of the data set's indices; of (index, seed) pairs where `reseeded`.
-        workers: processes that load images, at most as many as there are processors; 0 loads them in this one.
+        batches: yields lists of the data set's indices, or of (index, seed) pairs if `reseeded`.
+        workers: processes that load images, at most one per processor; 0 loads them in this one.
+        reseeded: augment each image with the seed that comes with its index.
+
+    Returns:
+        An iterable of (images, targets), two lists; on a machine with a GPU in pinned memory.
     """
     workers = usable_workers(workers)
-    return DataLoader(
-        Reseeded(dataset) if reseeded else dataset,
+    return Loader(
+        _Guarded(Reseeded(dataset) if reseeded else dataset),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_the_group,
-        generator=torch.Generator(),  # for the loader's own draws: the global one is the model's
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # of the loader's own draws: the global one is the model's
     )

@@ -1,4 +1,4 @@
-"""What a training run tells: a summary at the start, a progress bar, a line an epoch, TensorBoard, curves."""
+"""What a training tells: a summary, a progress bar, a line per epoch, TensorBoard, curves."""
 
 import json
 import math
@@ -6,221 +6,291 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 import torchvision
-from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import PRESETS, Config
-from support.distributed import World
+from config import PRESETS
+from support.checkpoint import Training
 from support.errors import UserError
+from support.loader import Batch
 from support.plots import plot_curves
 
-KINDS = ("cls", "l1", "giou")
+LOSSES = ("loss", "loss_cls", "loss_l1", "loss_giou")
+PATHS = ("train_json", "train_images", "val_json", "val_images")
 
 
 def with_sums(losses: dict[str, float]) -> dict[str, float]:
-    """The losses of all stages, `loss_cls`, `loss_l1`, `loss_giou` summed over stages, and `loss`, the sum of all."""
-    kinds = {
-        f"loss_{k}": sum(v for name, v in losses.items() if name.startswith(f"loss_{k}_"))
-        for k in KINDS
-    }
+    """Adds `loss_cls`, `loss_l1`, `loss_giou`, each summed over stages, and `loss`, their sum."""
+    kinds = {}
+    for kind in LOSSES[1:]:
+        stages = [value for name, value in losses.items() if name.startswith(f"{kind}_")]
+        kinds[kind] = sum(stages)
     return {"loss": sum(kinds.values()), **kinds, **losses}
 
 
 def git_revision() -> str:
-    """The commit that runs, and whether files were changed since; "unknown" outside a git checkout."""
+    """The commit that runs, "-dirty" if files were changed since; "unknown" outside of git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    folder = Path(__file__).parent
     try:
-        folder = Path(__file__).parent
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
+
+
+def prepare_output(folder: Path, resume: str | None) -> filelock.BaseFileLock:
+    """Makes the output folder and takes it for this run, before the first epoch is spent on it.
+
+    Returns:
+        A lock that other runs find taken until this process ends, however it ends.
+
+    Raises:
+        UserError: another run is writing into the folder, or an earlier one is in it.
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder}: another training is writing into this folder; give another --output"
+        ) from None
+    goes_on = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    if (folder / "last.pt").exists() and not goes_on:
+        raise UserError(
+            f"{folder} holds another run (last.pt): go on with --resume auto, or give another "
+            "--output"
+        )
+    return lock
+
+
+def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
+    """One-to-one matching leaves objects out if an image has more of them than proposals."""
+    counts = dataset.objects_per_image
+    crowded = int((counts > num_proposals).sum())
+    if crowded:
+        warnings.warn(
+            f"{crowded} of {len(counts)} training images have more objects (up to "
+            f"{int(counts.max())}) than the model has proposals ({num_proposals}); in each of them "
+            f"only {num_proposals} objects are learned at a time. Consider a larger "
+            "--num-proposals",
+            stacklevel=2,
+        )
 
 
 def print_summary(
-    config: Config,
-    here: World,
-    model: nn.Module,
-    train_set: Dataset,
-    val_set: Dataset | None,
-    notes: list[str],
+    training: Training, train_set: Dataset, val_set: Dataset | None, notes: list[str]
 ) -> None:
-    """What is about to run, and every setting that differs from `r50-100`'s."""
-    is_gpu = here.device.type == "cuda"
-    name = (
-        torch.cuda.get_device_name(here.device)
-        if is_gpu
-        else f"{here.device.type} ({torch.get_num_threads()} threads)"
-    )
-    sizes = {
-        flag: sum(p.numel() for p in model.parameters() if p.requires_grad == flag) / 1e6
-        for flag in (True, False)
-    }
-    per_process = config.batch_size // here.size
+    """What is about to run: versions, devices, data, and the settings that were changed."""
+    config, world = training.config, training.world
+    device = f"{world.device.type} ({torch.get_num_threads()} threads)"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+
+    per_process = config.batch_size // world.size
     at_a_time = min(config.micro_batch or per_process, per_process)
-    recipe, own = PRESETS["r50-100"].to_dict(), config.to_dict()
-    paths = ("train_json", "train_images", "val_json", "val_images")
+    trained, frozen = 0.0, 0.0
+    for parameter in training.model.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel() / 1e6
+        else:
+            frozen += parameter.numel() / 1e6
+
+    preset, settings = PRESETS[config.preset].to_dict(), config.to_dict()
+    ignored = ("num_classes", *PATHS)  # they follow from the data
     changed = [
-        f"{f.name}={own[f.name]}"
+        f"{f.name}={settings[f.name]}"
         for f in fields(config)
-        if own[f.name] != recipe[f.name] and f.name not in paths
+        if settings[f.name] != preset[f.name] and f.name not in ignored
     ]
+
+    num_objects = int(train_set.objects_per_image.sum())
+    validation = f"{len(val_set)} images" if val_set is not None else "none"
     print(
         f"versions      python {platform.python_version()}, torch {torch.__version__}, torchvision "
         f"{torchvision.__version__}, revision {git_revision()}\n"
-        f"devices       {here.size} × {name}\n"
-        f"batch         {config.batch_size} images: {here.size} processes × {per_process}, {at_a_time} at a time\n"
-        f"data          {len(train_set)} images, {int(train_set.objects_per_image.sum())} objects of "
-        f"{len(train_set.class_names)} classes; validation: {len(val_set) if val_set is not None else 'no'} images\n"
-        f"parameters    {sizes[True]:.2f} M trained, {sizes[False]:.2f} M frozen\n"
-        f"not as r50-100: {', '.join(changed) or 'nothing'}"
+        f"devices       {world.size} × {device}\n"
+        f"batch         {config.batch_size} images: {world.size} processes × {per_process}, "
+        f"{at_a_time} at a time\n"
+        f"data          {len(train_set)} images, {num_objects} objects of "
+        f"{len(train_set.class_names)} classes; validation: {validation}\n"
+        f"parameters    {trained:.2f} M trained, {frozen:.2f} M frozen\n"
+        f"settings      preset {config.preset}{''.join(f', {change}' for change in changed)}"
     )
     if config.lr is None and config.batch_size != 16:
         print(
-            f"learning rate {config.learning_rate:.3g} = {config.lr_at_16:.3g} × {config.batch_size}/16: linear in the "
-            "batch size, as --lr is not given"
+            f"learning rate {config.learning_rate:.3g} = {config.lr_at_16:.3g} × "
+            f"{config.batch_size}/16: linear in the batch size, because --lr is not given"
         )
     for note in notes:
         print(note)
 
 
-def prepare_output(folder: Path, resume: str | None) -> None:
-    """Makes the output folder, and finds out before the first epoch whether it can be written.
-
-    Raises:
-        UserError: another run is in it. OSError: it cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
-    goes_on = resume is not None and Path(resume).resolve().parent == folder.resolve()
-    if (folder / "last.pt").exists() and not goes_on:
-        raise UserError(
-            f"{folder} holds another run (last.pt): go on with --resume auto, or give another --output"
-        )
-
-
-def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
-    """One-to-one matching leaves objects unmatched in images that have more of them than there are proposals."""
-    counts = dataset.objects_per_image
-    if (counts > num_proposals).any():
-        warnings.warn(
-            f"{int((counts > num_proposals).sum())} of {len(counts)} training images have more objects (up to "
-            f"{int(counts.max())}) than the model has proposals ({num_proposals}); in each only {num_proposals} are "
-            "learned at a time. Consider a larger --num-proposals",
-            stacklevel=2,
-        )
-
-
 class Report:
-    """Writes metrics.jsonl, config.json, TensorBoard events and curves.png, shows progress; in the main process only.
+    """Takes the values of every step and writes what a user sees of them.
+
+    The main process writes metrics.jsonl, config.json, TensorBoard events and curves.png into the
+    output folder, and shows progress. The others only add up the values for the checkpoint.
 
     Args:
         output: the folder.
-        epoch: epochs finished before: lines of later epochs, from a run that was cut off, are removed.
-        config: what config.json gets.
-        is_main: False makes everything silent.
+        training: lines of later epochs than its own, from a run that was cut off, are removed.
+        lock: of the folder, released at the end.
     """
 
-    def __init__(self, output: Path, epoch: int, config: Config, is_main: bool):
-        self.output, self.is_main = output, is_main
-        if not is_main:
-            return
-        (output / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    def __init__(self, output: Path, training: Training, lock: filelock.BaseFileLock | None = None):
+        self.output, self.training, self.lock = output, training, lock
+        self.is_main = training.world.is_main
         self.lines = output / "metrics.jsonl"
-        old = self.lines.read_text().splitlines() if self.lines.exists() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["epoch"] <= epoch]
-        temporary = self.lines.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self.lines)
+        self.bar = tqdm(disable=True)
+        if not self.is_main:
+            return
+        config = json.dumps(training.config.to_dict(), indent=2)
+        (output / "config.json").write_text(config + "\n", encoding="utf-8")
+        self._forget_later_epochs()
         self.board = SummaryWriter(str(output))
+
+    def _forget_later_epochs(self) -> None:
+        old = self.lines.read_text(encoding="utf-8") if self.lines.exists() else ""
+        kept = ""
+        for line in old.splitlines():
+            is_whole = line.endswith("}")  # the last one may have been cut off
+            if is_whole and json.loads(line)["epoch"] <= self.training.epoch:
+                kept += f"{line}\n"
+        temporary = self.lines.with_name("metrics.jsonl.tmp")
+        temporary.write_text(kept, encoding="utf-8")
+        temporary.replace(self.lines)
 
     def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.bar.close()
         if self.is_main:
             self.board.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def say(self, text: str) -> None:
         """Prints, in the main process."""
         if self.is_main:
             print(text, flush=True)
 
-    def progress(
-        self, steps: Iterable[dict[str, float]], trainer: Any
-    ) -> Iterator[dict[str, float]]:
-        """Passes the steps on and shows them: losses, rate, time left, images/s, memory. No bar without a terminal."""
-        bar = tqdm(
-            total=trainer.steps_per_epoch,
-            initial=trainer.step - trainer.epoch * trainer.steps_per_epoch,
-            desc=f"epoch {trainer.epoch + 1}/{trainer.config.epochs}",
+    def start_epoch(self) -> None:
+        """A new progress bar; none if standard error is no terminal."""
+        training = self.training
+        self.bar = tqdm(
+            total=training.steps_per_epoch,
+            initial=training.steps_into_epoch,
+            desc=f"epoch {training.epoch + 1}/{training.config.epochs}",
             unit="step",
             disable=None if self.is_main else True,
         )
-        for values in steps:
-            bar.update()
-            shown = {
-                k: f"{values[k]:.3g}"
-                for k in ("loss", *(f"loss_{k}" for k in KINDS))
-                if k in values
-            }
-            shown["lr"] = f"{trainer.optimizer.param_groups[0]['lr']:.2g}"
-            shown["img/s"] = f"{values['images'] / values['seconds']:.1f}"
-            if trainer.here.device.type == "cuda":
-                shown["GB"] = f"{torch.cuda.max_memory_allocated(trainer.here.device) / 1e9:.1f}"
-            bar.set_postfix(shown, refresh=False)
-            if self.is_main and trainer.step % 20 == 0 and "loss" in values:
-                for name in ("loss", *(f"loss_{k}" for k in KINDS), "grad_norm"):
-                    self.board.add_scalar(f"step/{name}", values[name], trainer.step)
-            yield values
-        bar.close()
 
-    def end_epoch(self, trainer: Any, metrics: dict[str, Any]) -> None:
-        """The epoch's line in metrics.jsonl and on the terminal, its events, and the curves."""
+    def step(self, batch: Batch, values: dict[str, float]) -> None:
+        """Adds a step's values to the epoch's and shows them.
+
+        Args:
+            batch: of the step.
+            values: losses and gradient norm, or `{"bad_steps": 1}` for a step that was skipped.
+        """
+        seconds = time.perf_counter() - batch.started
+        is_fine = "bad_steps" not in values
+        values = with_sums(values) if is_fine else dict(values)
+        values |= {"steps": 1, "images": batch.num_images}
+        values |= {"seconds": seconds, "data_seconds": batch.data_seconds}
+        sums = self.training.sums
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+
+        shown = {name.removeprefix("loss_"): f"{values[name]:.3g}" for name in LOSSES if is_fine}
+        shown["lr"] = f"{self._learning_rate():.2g}"
+        shown["img/s"] = f"{batch.num_images / seconds:.1f}"
+        if (memory_gb := self._memory_gb()) is not None:
+            shown["GB"] = f"{memory_gb:.1f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+        if self.is_main and is_fine and self.training.step % 20 == 0:
+            for name in (*LOSSES, "grad_norm"):
+                self.board.add_scalar(f"step/{name}", values[name], self.training.step)
+
+    def end_steps(self) -> None:
+        """The steps of the epoch are over, or stopped."""
+        self.bar.close()
+
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
+        """The epoch's line in metrics.jsonl and on the terminal, its events, and the curves.
+
+        Args:
+            metrics: of the evaluation; empty if there was none.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         if not self.is_main:
             return
-        sums = dict(trainer.sums)
-        steps, bad = sums.pop("steps", 0.0), sums.pop("bad_steps", 0.0)
-        images, seconds, waited = (
-            sums.pop(name, 0.0) for name in ("images", "seconds", "data_seconds")
-        )
-        line = {
-            "epoch": trainer.epoch,
-            "step": trainer.step,
-            **{name: value / max(1, steps - bad) for name, value in sums.items()},
-            "lr": trainer.optimizer.param_groups[0]["lr"],
-            "images_per_second": images / max(seconds, 1e-9),
-            "data_wait": waited / max(seconds, 1e-9),  # share of the time spent waiting for images
-            "bad_steps": int(bad),
-            **{name: value for name, value in metrics.items() if name.startswith("A")},
-            "time": time.time(),
-        }
-        if trainer.here.device.type == "cuda":
-            line["memory_gb"] = torch.cuda.max_memory_allocated(trainer.here.device) / 1e9
+        training = self.training
+        line = self._epoch_line(metrics)
         try:
-            with open(self.lines, "a") as file:
+            with open(self.lines, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OSError(f"{self.lines}: {error}") from error
+
         for name, value in line.items():
-            self.board.add_scalar(f"epoch/{name}", value, trainer.epoch)
+            self.board.add_scalar(f"epoch/{name}", value, training.epoch)
         self.board.flush()
-        parts = ", ".join(f"{k} {line.get(f'loss_{k}', math.nan):.3f}" for k in KINDS)
+
+        parts = ", ".join(
+            f"{name.removeprefix('loss_')} {line.get(name, math.nan):.3f}" for name in LOSSES[1:]
+        )
+        skipped = f", {line['bad_steps']} steps skipped" if line["bad_steps"] else ""
         self.say(
-            f"epoch {trainer.epoch}/{trainer.config.epochs}: loss {line.get('loss', math.nan):.3f} ({parts}), "
-            f"lr {line['lr']:.2g}, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} of it waiting for "
-            f"data{f', {int(bad)} steps skipped' if bad else ''}"
+            f"epoch {training.epoch}/{training.config.epochs}: loss "
+            f"{line.get('loss', math.nan):.3f} ({parts}), lr {line['lr']:.2g}, "
+            f"{line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} of the time "
+            f"waiting for data{skipped}"
         )
         plot_curves(self.lines, self.output / "curves.png")
+
+    def _epoch_line(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        means = dict(self.training.sums)
+        steps = means.pop("steps", 0.0)
+        bad_steps = means.pop("bad_steps", 0.0)
+        images = means.pop("images", 0.0)
+        seconds = max(means.pop("seconds", 0.0), 1e-9)
+        data_seconds = means.pop("data_seconds", 0.0)
+        line = {
+            "epoch": self.training.epoch,
+            "step": self.training.step,
+            **{name: value / max(1, steps - bad_steps) for name, value in means.items()},
+            "lr": self._learning_rate(),
+            "images_per_second": images / seconds,
+            "data_wait": data_seconds / seconds,  # share of the time spent waiting for images
+            "bad_steps": int(bad_steps),
+            **{name: value for name, value in metrics.items() if name.startswith("A")},
+            "time": time.time(),
+        }
+        if (memory_gb := self._memory_gb()) is not None:
+            line["memory_gb"] = memory_gb
+        return line
+
+    def _learning_rate(self) -> float:
+        return self.training.optimizer.param_groups[0]["lr"]
+
+    def _memory_gb(self) -> float | None:
+        device = self.training.world.device
+        if device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(device) / 1e9

@@ -1,6 +1,10 @@
-"""Fixtures that several files share: the expensive ones are made once a run."""
+"""What several test files share; the expensive fixtures are made once per run."""
 
 import json
+import os
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +14,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from config import PRESETS, Config
+from shapes import ShapesDataset
+from support.checkpoint import Training
+from support.distributed import World
+from support.errors import NotFinite
+from support.faults import skip, statistics_restored
+from support.loader import Batch
+from support.report import with_sums
+from train import start_training, train_step
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "tests/reference"
+CPU = World(torch.device("cpu"))
 
 # Small enough for a step in milliseconds; B, N, K, C, S are all different wherever a test chooses them.
 TINY = replace(
@@ -32,7 +49,8 @@ TINY = replace(
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    # Tiny models are faster with one thread, and equal to the last bit to the subprocesses that also have one.
+    # Tiny models are faster with one thread, and then they are equal, to the last bit, to those of
+    # the subprocesses, which have one thread too.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -66,6 +84,89 @@ def objects(
         "boxes": corners.flatten(1).float(),
         "labels": torch.randint(num_classes, (count,), generator=generator),
     }
+
+
+class AlmostRight(nn.Module):
+    """Recognises each image of Shapes by its pixels and answers with its boxes, slightly moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        dataset = ShapesDataset("demo", "val", 11)
+        self.known = {dataset[i][0].sum().item(): dataset[i][1] for i in range(11)}
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict]:
+        found = []
+        for image in images:
+            target = self.known[image.sum().item()]
+            boxes = target["boxes"].as_subclass(torch.Tensor).clone()
+            boxes[:, 2] += torch.arange(len(boxes)) + target["image_id"] % 3
+            found.append({"boxes": boxes, "labels": target["labels"], "scores": boxes[:, 0] / 96})
+        return found
+
+
+def new_training(config: Config, world: World = CPU, steps_per_epoch: int = 10) -> Training:
+    """A model of `config` and its optimizer, ready for `take_step`."""
+    training = start_training(config, world, ShapesDataset("demo", "train", 4), steps_per_epoch)
+    training.model.train()
+    return training
+
+
+def take_step(
+    training: Training, images: list[torch.Tensor], targets: list[dict], num_objects: float
+) -> dict[str, float]:
+    """A step as the loop of train.py takes it; its losses, or {"bad_steps": 1} if it is skipped."""
+    try:
+        with statistics_restored(training.model):
+            values = with_sums(train_step(training, Batch(images, targets, num_objects)))
+        training.bad_in_a_row = 0
+    except NotFinite as error:
+        values = skip(training, [target["image_id"] for target in targets], error)
+    training.step += 1
+    return values
+
+
+def torchrun(*args: str, processes: int = 2, **kwargs: Any) -> subprocess.CompletedProcess:
+    """A real torchrun with one thread per process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc_per_node={processes}", *args]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, **kwargs)
+
+
+def draw_reference_tensor(key: str, shape: list[int], seed: int) -> torch.Tensor:
+    """A tensor of the reference cases by the rule in reference/README.md: the first line that fits."""
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    if key.endswith("running_var"):
+        values = rng.uniform(0.8, 1.2, shape)
+    elif key.endswith("running_mean"):
+        values = rng.normal(0, 0.1, shape)
+    elif key.endswith(("init_proposal_boxes.weight", "init_proposal_bboxes.weight")):
+        centres = rng.uniform(0.3, 0.7, (shape[0], 2))
+        values = np.concatenate([centres, rng.uniform(0.2, 0.9, (shape[0], 2))], axis=1)
+    elif key.endswith("init_proposal_features.weight"):
+        values = rng.normal(0, 1, shape)
+    elif key.endswith(("bboxes_delta.weight", "fc_reg.weight")):
+        values = rng.normal(0, 0.02, shape)
+    elif key.endswith(("class_logits.bias", "fc_cls.bias")):
+        values = rng.normal(-4.6, 0.05, shape)
+    elif len(shape) == 1 and key.endswith("weight"):
+        values = rng.uniform(0.8, 1.2, shape)
+    elif len(shape) == 1:
+        values = rng.normal(0, 0.05, shape)
+    else:
+        values = rng.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def reference_weights(case: str) -> dict[str, torch.Tensor]:
+    """The weights of a case in tests/reference, in the names of the implementation it is from."""
+    implementation = "mmdet" if case.startswith("mmdet") else "official"
+    keys = json.loads((REFERENCE / f"{implementation}_r50_100.keys.json").read_text())
+    seed = json.loads((REFERENCE / f"{case}.json").read_text())["seed"]
+    return {key: draw_reference_tensor(key, shape, seed) for key, shape in keys.items()}
 
 
 CocoFactory = Callable[..., tuple[Path, Path]]

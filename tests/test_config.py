@@ -1,10 +1,14 @@
 """The recipe's numbers, and what the command line accepts."""
 
+import os
+import subprocess
+import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from config import PRESETS, Config
 from support.cli import parse_args, pick_device, preset_from, run_main
@@ -156,14 +160,31 @@ def test_help_shows_the_comments(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "argv", [["--colour", "3"], ["--epochs", "many"], ["--epochs", "0"], ["--backbone", "vgg"]]
-)
+@pytest.mark.parametrize("argv", [["--colour", "3"], ["--epochs", "many"], ["--backbone", "vgg"]])
 def test_a_wrong_flag_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_args(argv, TrainArgs, "train.py", "", config=Config())
     captured = capsys.readouterr()
     assert stop.value.code == 2 and argv[0].strip("-") in captured.out + captured.err
+
+
+def test_a_value_out_of_range_is_named() -> None:
+    with pytest.raises(UserError, match="epochs=0 should be at least 1"):
+        parse_args(["--epochs", "0"], TrainArgs, "train.py", "", config=Config())
+
+
+def test_help_groups_the_flags_as_config_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"], TrainArgs, "train.py", "", config=Config())
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    titles = ("run options", "data options", "training options", "model options", "loss options")
+    places = [printed.index(title) for title in titles]
+    assert places == sorted(places)
+    for field in fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in printed, field.name
+    for title, flag in enumerate(("--output ", "--flip-vertical", "--epochs ", "--ffn-dim ")):
+        assert places[title] < printed.index(flag) < places[title + 1], flag
 
 
 def test_a_wrong_preset_is_named_with_the_right_ones() -> None:
@@ -195,10 +216,26 @@ def test_run_main_gives_the_contracts_exit_codes(capsys, monkeypatch: pytest.Mon
     assert (
         run_main(refuse, "x.py") == 2 and capsys.readouterr().err == "x.py: that file is broken\n"
     )
-    with pytest.raises(KeyError):
-        run_main(bug, "x.py")
+    capsys.readouterr()
+    assert run_main(bug, "x.py") == 70  # 1 means that inputs were skipped
+    assert "KeyError: 'ours to mend'" in capsys.readouterr().err
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    assert run_main(stopped, "x.py") == 130
+    assert capsys.readouterr().err.strip() == "x.py: stopped by Ctrl-C"
 
 
-def test_a_workers_trace_is_cut_off_the_message() -> None:
-    wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback …\n  raise UserError(…)\nconfig.UserError: a.jpg"
-    assert str(UserError(wrapped)) == "a.jpg"
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1251", "cp932"])
+def test_no_character_that_is_printed_ends_a_run(encoding: str) -> None:
+    script = (
+        "import sys, warnings; from support.cli import run_main\n"
+        "def main():\n"
+        "    print('猫 × … –'); warnings.warn('猫'); print('naïve', file=sys.stderr)\n"
+        "sys.exit(run_main(main, 'x.py'))"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"took" in done.stdout and b"x.py: warning" in done.stderr

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from test_reference import weights
+from conftest import TINY, reference_weights
 
 from config import PRESETS, Config
 from model import build_model
@@ -21,12 +20,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def authors() -> dict[str, torch.Tensor]:
-    return weights("r50_100")
+    return reference_weights("r50_100")
 
 
 @pytest.fixture(scope="module")
 def mmdet() -> dict[str, torch.Tensor]:
-    return weights("mmdet_r50_100")
+    return reference_weights("mmdet_r50_100")
 
 
 def test_both_vocabularies_give_the_same_names_and_the_papers_config(authors, mmdet) -> None:

@@ -4,23 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_evaluate import AlmostRight
+from conftest import CPU, ROOT, AlmostRight, torchrun
 from two_processes import gradients
 
 from evaluate import evaluate
 from shapes import ShapesDataset
-from support.distributed import World
 from support.errors import UserError
 from support.faults import StopSignal
 from support.loader import GroupedBatches, Reseeded, make_loader
 
-ROOT = Path(__file__).parents[1]
-HERE = World(torch.device("cpu"))
 SIZES = np.array([[40, 60]] * 13 + [[60, 40]] * 10)  # 13 wide, 10 tall
 
 
@@ -30,19 +26,6 @@ def epoch_of(
     batches = GroupedBatches(SIZES, 4, seed, rank, size)
     batches.seek(epoch, first)
     return list(batches)
-
-
-def torchrun(*args: str, processes: int = 2, **kwargs) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        *args,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, **kwargs)
 
 
 def test_batches_are_of_one_orientation_and_cover_the_data_once() -> None:
@@ -143,13 +126,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_sum_and_gather(two: list[dict]) -> None:
     for result in two:
         assert result["sum"] == [3, 1] and result["gather"] == [("rank", 0), ("rank", 1)]
-    assert HERE.sum(2, 0.5) == [2, 0.5] and HERE.gather("x") == ["x"]
+    assert CPU.sum(2, 0.5) == [2, 0.5] and CPU.gather("x") == ["x"]
 
 
 def test_the_gradient_is_the_same_however_the_batch_is_divided(two: list[dict]) -> None:
     """1 process × 4 images, 1 × 2 × 2 accumulated, 2 × 2, 2 × 1 × 2 accumulated; one image is empty."""
-    reference = gradients(HERE, None, 0, 1)
-    others = {"1 × 2 × 2": gradients(HERE, 2, 0, 1)}
+    reference = gradients(CPU, None, 0, 1)
+    others = {"1 × 2 × 2": gradients(CPU, 2, 0, 1)}
     for rank, result in enumerate(two):
         others |= {
             f"2 × 2, rank {rank}": result["whole"],
@@ -184,7 +167,7 @@ def test_running_statistics_are_the_main_process_s_before_an_evaluation(two: lis
 
 def test_evaluation_sees_every_image_once_and_equals_one_process(two: list[dict]) -> None:
     metrics, detections = evaluate(
-        AlmostRight(), ShapesDataset("demo", "val", 11), HERE, batch_size=2
+        AlmostRight(), ShapesDataset("demo", "val", 11), CPU, batch_size=2
     )
     metrics.pop("speed")
     assert metrics["AP"] > 0
@@ -196,7 +179,7 @@ def test_evaluation_sees_every_image_once_and_equals_one_process(two: list[dict]
 
 def test_a_process_ends_although_a_worker_is_still_there() -> None:
     script = (
-        "import builtins, sys; from distributed import make_loader; from test_distributed import Drawing\n"
+        "import builtins, sys; from support.loader import make_loader; from test_distributed import Drawing\n"
         "builtins.kept = iter(make_loader(Drawing(), [[i] for i in range(20)], workers=1))\n"
         "next(builtins.kept); sys.exit(3)"
     )

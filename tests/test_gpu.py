@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, new_training, take_step
 
 from evaluate import evaluate
 from model import build_model
 from shapes import ShapesDataset
 from support.distributed import World
-from train import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,14 +48,18 @@ def test_losses_and_gradients_equal_the_cpus() -> None:
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_training_in_every_precision_and_evaluation(amp: str) -> None:
-    here = World(torch.device("cuda", 0))
-    trainer = Trainer(replace(TINY, amp=amp), here, steps_per_epoch=30)
+    world = World(torch.device("cuda", 0))
+    training = new_training(replace(TINY, amp=amp), world, steps_per_epoch=30)
     images, targets = batch()
-    trainer.model.train()
-    steps = [trainer.train_step(images, targets, 12) for _ in range(30)]
+    steps = [take_step(training, images, targets, 12) for _ in range(30)]
     losses = [values["loss"] for values in steps if "loss" in values]
     assert len(losses) >= 15 and losses[-1] < 0.8 * losses[0]
     metrics, _ = evaluate(
-        trainer.model, ShapesDataset("demo", "val", 5), here, batch_size=2, amp=amp, progress=False
+        training.model,
+        ShapesDataset("demo", "val", 5),
+        world,
+        batch_size=2,
+        amp=amp,
+        progress=False,
     )
     assert 0 <= metrics["AP"] <= 1 and metrics["speed"]["fps"] > 0

@@ -73,7 +73,7 @@ def test_the_table_has_the_papers_four_models() -> None:
     assert list(PUBLISHED) == [
         f"sparse-rcnn-{backbone}-{n}" for backbone in ("r50", "r101") for n in (100, 300)
     ]
-    for name, (url, sha256) in PUBLISHED.items():
+    for name, (url, sha256, _) in PUBLISHED.items():
         backbone, number = re.fullmatch(r"sparse-rcnn-(r\d+)-(\d+)", name).groups()
         release = "https://github.com/PeizeSun/SparseR-CNN/releases/download/v0.1/"
         assert (

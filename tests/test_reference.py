@@ -1,55 +1,18 @@
 """The paper's model, exactly: the authors' code and MMDetection on the same weights and images (tests/reference/)."""
 
 import json
-import zlib
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import REFERENCE, draw_reference_tensor, reference_weights
 
 from config import Config
 from model import SparseRCNN, build_model
 from support.convert import convert_checkpoint, rename
 from support.loader import usable_workers
-
-FOLDER = Path(__file__).parent / "reference"
-CASES = {"r50_100": "official", "r50_100_batch": "official", "mmdet_r50_100": "mmdet"}
-
-
-def draw(key: str, shape: list[int], seed: int) -> torch.Tensor:
-    """The rule that weights are drawn by: a distribution for each tensor by its name, the first line that fits."""
-    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
-    if key.endswith("num_batches_tracked"):
-        return torch.tensor(0)
-    if key.endswith("running_var"):
-        values = rng.uniform(0.8, 1.2, shape)
-    elif key.endswith("running_mean"):
-        values = rng.normal(0, 0.1, shape)
-    elif key.endswith(("init_proposal_boxes.weight", "init_proposal_bboxes.weight")):
-        centres = rng.uniform(0.3, 0.7, (shape[0], 2))
-        values = np.concatenate([centres, rng.uniform(0.2, 0.9, (shape[0], 2))], axis=1)
-    elif key.endswith("init_proposal_features.weight"):
-        values = rng.normal(0, 1, shape)
-    elif key.endswith(("bboxes_delta.weight", "fc_reg.weight")):
-        values = rng.normal(0, 0.02, shape)
-    elif key.endswith(("class_logits.bias", "fc_cls.bias")):
-        values = rng.normal(-4.6, 0.05, shape)
-    elif len(shape) == 1 and key.endswith("weight"):
-        values = rng.uniform(0.8, 1.2, shape)
-    elif len(shape) == 1:
-        values = rng.normal(0, 0.05, shape)
-    else:
-        values = rng.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape)
-    return torch.from_numpy(values.astype(np.float32))
-
-
-def weights(case: str) -> dict[str, torch.Tensor]:
-    keys = json.loads((FOLDER / f"{CASES[case]}_r50_100.keys.json").read_text())
-    seed = json.loads((FOLDER / f"{case}.json").read_text())["seed"]
-    return {key: draw(key, shape, seed) for key, shape in keys.items()}
 
 
 @cache
@@ -57,11 +20,11 @@ def run(case: str) -> SimpleNamespace:
     """One forward pass of a case, and where it stores losses, one backward pass."""
     torch.set_num_threads(min(8, usable_workers(8)))
     expected, recorded = (
-        json.loads((FOLDER / f"{case}.json").read_text()),
-        dict(np.load(FOLDER / f"{case}.npz")),
+        json.loads((REFERENCE / f"{case}.json").read_text()),
+        dict(np.load(REFERENCE / f"{case}.npz")),
     )
     model = build_model(Config(), pretrained_backbone=False)
-    model.load_state_dict(convert_checkpoint(weights(case)))
+    model.load_state_dict(convert_checkpoint(reference_weights(case)))
     images = [
         torch.from_numpy(
             np.random.default_rng([expected["seed"], h, w])
@@ -100,7 +63,7 @@ AUTHORS = pytest.mark.parametrize("case", ["r50_100", "r50_100_batch"])
 
 
 def test_the_rule_draws_the_reference_weights() -> None:
-    drawn = draw("backbone.fpn_lateral2.bias", [256], seed=7)[:3]
+    drawn = draw_reference_tensor("backbone.fpn_lateral2.bias", [256], seed=7)[:3]
     assert drawn.tolist() == pytest.approx([-0.090669, 0.000288, -0.061126], abs=1e-6)
 
 

@@ -5,13 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import TINY, objects
-from test_evaluate import AlmostRight
+from conftest import TINY, AlmostRight, new_training, objects, take_step
 
 from evaluate import evaluate
 from shapes import ShapesDataset
-from support.distributed import world
-from train import Trainer
+from support.distributed import World, join_world
 
 FROZEN = replace(
     TINY, backbone="resnet18", batch_size=4
@@ -46,72 +44,71 @@ def spread(model: torch.nn.Module) -> None:
         )
 
 
-def gradients(here, micro_batch: int | None, rank: int, size: int) -> dict[str, torch.Tensor]:
+def gradients(
+    world: World, micro_batch: int | None, rank: int, size: int
+) -> dict[str, torch.Tensor]:
     """The gradient of a step on this process's share of the batch, before clipping."""
-    trainer = Trainer(
-        replace(FROZEN, micro_batch=micro_batch, clip_norm=1e9), here, steps_per_epoch=10
+    training = new_training(
+        replace(FROZEN, micro_batch=micro_batch, clip_norm=1e9), world, steps_per_epoch=10
     )
-    spread(trainer.model)
+    spread(training.model)
     images, targets = batch()
-    trainer.model.train()
-    trainer.train_step(images[rank::size], targets[rank::size], num_objects=10)
+    take_step(training, images[rank::size], targets[rank::size], 10)
     return {
-        name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
+        name: p.grad.clone() for name, p in training.model.named_parameters() if p.grad is not None
     }
 
 
-def poisoned(here, micro_batch: int | None, rank: int, size: int) -> dict:
+def poisoned(world: World, micro_batch: int | None, rank: int, size: int) -> dict:
     """A NaN in one process: all skip the step, the next one is fine, and the run ends after too many in a row."""
-    trainer = Trainer(
-        replace(FROZEN, max_bad_steps=3, micro_batch=micro_batch), here, steps_per_epoch=10
+    training = new_training(
+        replace(FROZEN, max_bad_steps=3, micro_batch=micro_batch), world, steps_per_epoch=10
     )
     images, targets = batch()
     images, targets = images[rank::size], targets[rank::size]
-    trainer.model.train()
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
     bad_targets = [dict(target) for target in targets]
     if rank == size - 1:
         bad_targets[-1]["boxes"] = bad_targets[-1]["boxes"] * float("nan")
-    skipped = trainer.train_step(images, bad_targets, 10)
+    skipped = take_step(training, images, bad_targets, 10)
     unchanged = all(
-        torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items()
+        torch.equal(value, before[name]) for name, value in training.model.state_dict().items()
     )
-    fine = trainer.train_step(images, targets, 10)
+    fine = take_step(training, images, targets, 10)
     message = ""
     try:
         for _ in range(5):
-            trainer.train_step(images, bad_targets, 10)
+            take_step(training, images, bad_targets, 10)
     except ValueError as error:
         message = str(error)
     return {"skipped": skipped, "unchanged": unchanged, "loss": fine["loss"], "message": message}
 
 
-def buffers_after_a_step(here) -> list[float]:
+def buffers_after_a_step(world: World) -> list[float]:
     """The running statistics of trained batch norms, after each process saw other images, made equal."""
-    trainer = Trainer(replace(TINY, batch_size=4), here, steps_per_epoch=10)
+    training = new_training(replace(TINY, batch_size=4), world, steps_per_epoch=10)
     images, targets = batch()
-    trainer.model.train()
-    trainer.train_step(images[here.rank :: here.size], targets[here.rank :: here.size], 10)
-    own = sum(buffer.double().sum().item() for buffer in trainer.model.buffers())
-    here.copy_buffers(trainer.model)
-    return [own, sum(buffer.double().sum().item() for buffer in trainer.model.buffers())]
+    take_step(training, images[world.rank :: world.size], targets[world.rank :: world.size], 10)
+    own = sum(buffer.double().sum().item() for buffer in training.model.buffers())
+    world.copy_buffers(training.model)
+    return [own, sum(buffer.double().sum().item() for buffer in training.model.buffers())]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with world("cpu") as here:
+    with join_world("cpu") as world:
         metrics, detections = evaluate(
-            AlmostRight(), ShapesDataset("demo", "val", 11), here, batch_size=2, progress=False
+            AlmostRight(), ShapesDataset("demo", "val", 11), world, batch_size=2, progress=False
         )
         results = {
-            "sum": here.sum(here.rank + 1, 0.5),
-            "gather": here.gather(("rank", here.rank)),
-            "whole": gradients(here, None, here.rank, here.size),
-            "parts": gradients(here, 1, here.rank, here.size),
-            "poisoned": poisoned(here, None, here.rank, here.size),
-            "poisoned_parts": poisoned(here, 1, here.rank, here.size),
-            "buffers": buffers_after_a_step(here),
+            "sum": world.sum(world.rank + 1, 0.5),
+            "gather": world.gather(("rank", world.rank)),
+            "whole": gradients(world, None, world.rank, world.size),
+            "parts": gradients(world, 1, world.rank, world.size),
+            "poisoned": poisoned(world, None, world.rank, world.size),
+            "poisoned_parts": poisoned(world, 1, world.rank, world.size),
+            "buffers": buffers_after_a_step(world),
             "metrics": {name: value for name, value in metrics.items() if name != "speed"},
             "detections": detections,
         }
-        torch.save(results, Path(sys.argv[1]) / f"{here.rank}.pt")
+        torch.save(results, Path(sys.argv[1]) / f"{world.rank}.pt")
