@@ -27,7 +27,7 @@ from torch.optim import AdamW
 from torch.utils.data import Dataset
 
 from config import Config
-from data import check_data, make_dataset
+from data import check_data, make_dataset, require_objects
 from evaluate import evaluate, format_table
 from model import SparseRCNN, build_model
 from support.checkpoint import Training, load_checkpoint, load_what_fits
@@ -190,7 +190,7 @@ def evaluate_training(training: Training, val_set: Dataset) -> dict[str, Any]:
 class TrainArgs:
     config: tyro.conf.Suppress[Config] = field(default_factory=Config)  # its fields are the flags
     output: Path = Path("runs/train")  # folder that everything is written into
-    # Checkpoint to start from, for fine-tuning: ours, the authors', MMDetection's, or a name such as
+    # Checkpoint to start from, for fine-tuning: ours, the authors', MMDetection's, or a name like
     # sparse-rcnn-r50-100. What fits is taken over.
     weights: str | None = None
     # Checkpoint to go on from, with its settings unless a flag says otherwise; "auto" is last.pt in
@@ -198,6 +198,8 @@ class TrainArgs:
     resume: str | None = None
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     check_data: bool = False  # decode every image before training
+    # Leave out validation objects of classes that the training data does not have.
+    ignore_new_classes: bool = False
 
 
 def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
@@ -265,18 +267,22 @@ def run(
     with join_world(args.device) as world:
         known_names = checkpoint["class_names"] if checkpoint is not None else None
         train_set = make_dataset(args.config, "train", class_names=known_names)
-        val_set = make_dataset(args.config, "val", class_names=train_set.class_names)
+        val_set = make_dataset(
+            args.config,
+            "val",
+            class_names=train_set.class_names,
+            ignore_new_classes=args.ignore_new_classes,
+        )
         config = replace(args.config, num_classes=len(train_set.class_names))
-        if not train_set.objects_per_image.any():
-            raise UserError("train: the training images have no objects, so nothing can be learned")
-        lock = None
+        require_objects(train_set)
+        lock, notes = None, []
         with world.together():
             if world.is_main:
                 warn_of_crowded_images(train_set, config.num_proposals)
                 lock = prepare_output(args.output, args.resume)
-            if args.check_data:
-                for dataset in filter(None, (train_set, val_set)):
-                    check_data(dataset, world.rank, world.size)
+            for dataset in filter(None, (train_set, val_set)):
+                notes += dataset.notes
+                notes += check_data(dataset, world.rank, world.size, decode=args.check_data)
 
         sizes_hw = train_set.sizes_hw
         batches = GroupedBatches(sizes_hw, config.batch_size, config.seed, world.rank, world.size)
@@ -287,13 +293,12 @@ def run(
         training = start_training(
             config, world, train_set, len(batches), lambda config: build(config, pretrained)
         )
-        notes = []
         if checkpoint is not None:
             training.restore(checkpoint, args.resume)
             steps = f"step {training.step} of {training.total_steps}"
-            notes = [f"resumed from {args.resume} at {steps}"]
+            notes += [f"resumed from {args.resume} at {steps}"]
         elif args.weights:
-            notes = load_what_fits(training.model, args.weights, train_set.class_names)
+            notes += load_what_fits(training.model, args.weights, train_set.class_names)
 
         if world.is_main:
             print_summary(training, train_set, val_set, notes)

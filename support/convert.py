@@ -1,13 +1,12 @@
-"""Published weights to ours: `python -m tools.convert IN OUT` reads a checkpoint of the authors' code (detectron2
-names), of MMDetection or of ours, and writes one of ours that holds no more than using it needs, `--half` in float16.
+"""Names of tensors: the authors' (detectron2's) and MMDetection's -> ours.
 
-All describe the same network, so a conversion is a renaming; depth, N, K and S are read off names and shapes. The two
-tables below are also the dictionary between three vocabularies.
+All three describe the same network, so converting a checkpoint means renaming its tensors. Depth,
+N, K and S are read off names and shapes. The two tables are also a dictionary between the three
+vocabularies. `python -m tools.convert` is the command.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,109 +80,32 @@ _MMDET = [
 ]
 _RULES = [(re.compile(pattern), ours) for pattern, ours in _AUTHORS + _MMDET]
 
-# COCO's 80 classes by their category ids, which leave out ten of 1 … 90.
-COCO_CLASSES = {
-    **{
-        1: "person",
-        2: "bicycle",
-        3: "car",
-        4: "motorcycle",
-        5: "airplane",
-        6: "bus",
-        7: "train",
-        8: "truck",
-    },
-    **{
-        9: "boat",
-        10: "traffic light",
-        11: "fire hydrant",
-        13: "stop sign",
-        14: "parking meter",
-        15: "bench",
-    },
-    **{
-        16: "bird",
-        17: "cat",
-        18: "dog",
-        19: "horse",
-        20: "sheep",
-        21: "cow",
-        22: "elephant",
-        23: "bear",
-    },
-    **{
-        24: "zebra",
-        25: "giraffe",
-        27: "backpack",
-        28: "umbrella",
-        31: "handbag",
-        32: "tie",
-        33: "suitcase",
-    },
-    **{
-        34: "frisbee",
-        35: "skis",
-        36: "snowboard",
-        37: "sports ball",
-        38: "kite",
-        39: "baseball bat",
-    },
-    **{40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle"},
-    **{
-        46: "wine glass",
-        47: "cup",
-        48: "fork",
-        49: "knife",
-        50: "spoon",
-        51: "bowl",
-        52: "banana",
-        53: "apple",
-    },
-    **{
-        54: "sandwich",
-        55: "orange",
-        56: "broccoli",
-        57: "carrot",
-        58: "hot dog",
-        59: "pizza",
-        60: "donut",
-    },
-    **{
-        61: "cake",
-        62: "chair",
-        63: "couch",
-        64: "potted plant",
-        65: "bed",
-        67: "dining table",
-        70: "toilet",
-    },
-    **{
-        72: "tv",
-        73: "laptop",
-        74: "mouse",
-        75: "remote",
-        76: "keyboard",
-        77: "cell phone",
-        78: "microwave",
-    },
-    **{
-        79: "oven",
-        80: "toaster",
-        81: "sink",
-        82: "refrigerator",
-        84: "book",
-        85: "clock",
-        86: "vase",
-    },
-    **{87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush"},
-}
+# COCO's 80 classes in the order of their category ids, which leave out ten of 1 … 90.
+_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+_NAMES = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
+giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
+baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,
+knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
+cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush
+"""
+COCO_CLASSES: dict[int, str] = dict(
+    zip(
+        [number for number in range(1, 91) if number not in _UNUSED_IDS],
+        _NAMES.replace("\n", " ").strip().split(", "),
+        strict=True,
+    )
+)
 
 
 def rename(key: str) -> str | None:
-    """The authors' or MMDetection's name of a tensor -> ours, or None where neither table knows it."""
+    """The authors' or MMDetection's name of a tensor -> ours, or None if neither table has it."""
     for pattern, ours in _RULES:
         if match := pattern.fullmatch(key):
-            # detectron2 counts what torchvision calls layer1 as res2, and p2's convolutions as number 2.
+            # detectron2's res2 is torchvision's layer1, and its p2 has convolutions number 2.
             number = int(match[1]) if match.re.groups and match[1].isdigit() else 0
             return match.expand(ours.format(level=number - 1, pyramid=number - 2))
     return None
@@ -193,118 +115,111 @@ def convert_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Renames a state dict of the authors' code or of MMDetection.
 
     Args:
-        state_dict: name -> tensor, or a whole checkpoint that holds one under "model" or "state_dict".
+        state_dict: name -> tensor, or a whole checkpoint that holds one as "model" or "state_dict".
 
     Returns:
         A state dict that `SparseRCNN.load_state_dict` takes strictly; the tensors are not copied.
 
     Raises:
-        UserError: a name that neither vocabulary has, two names for the same tensor, or one that is missing.
+        UserError: a name that neither implementation has, two names for one tensor, a tensor that
+            is missing or has the wrong shape.
     """
     for wrapper in ("model", "state_dict"):
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
+
     # Frozen norms do not count batches; DistributedDataParallel puts "module." before every name.
-    keys = {
-        key: key.removeprefix("module.")
-        for key in state_dict
-        if not key.endswith("num_batches_tracked")
-    }
-    renamed = {key: rename(plain) for key, plain in keys.items()}
+    counted = [key for key in state_dict if not key.endswith("num_batches_tracked")]
+    renamed = {key: rename(key.removeprefix("module.")) for key in counted}
     if unknown := [key for key, ours in renamed.items() if ours is None]:
         raise UserError(
-            f"convert: {len(unknown)} names are neither the authors' nor MMDetection's Sparse R-CNN: "
-            f"{', '.join(unknown[:10])}"
+            f"convert: {len(unknown)} names are neither the authors' nor MMDetection's Sparse "
+            f"R-CNN: {', '.join(unknown[:10])}"
         )
     converted = {ours: state_dict[key] for key, ours in renamed.items() if ours is not None}
     if len(converted) < len(renamed):
         raise UserError("convert: the checkpoint holds the same tensor under two names")
+
     with torch.device("meta"):
         wanted = build_model(config_from(converted), pretrained_backbone=False).state_dict()
     if missing := sorted(set(wanted) - set(converted)):
-        raise UserError(
-            f"convert: {len(missing)} tensors are missing, in our names: {', '.join(missing[:10])}"
-        )
+        names = ", ".join(missing[:10])
+        raise UserError(f"convert: {len(missing)} tensors are missing, in our names: {names}")
     wrong = [
-        f"{k} {list(converted[k].shape)}, not {list(v.shape)}"
-        for k, v in wanted.items()
-        if converted[k].shape != v.shape
+        f"{key} {list(converted[key].shape)}, not {list(value.shape)}"
+        for key, value in wanted.items()
+        if converted[key].shape != value.shape
     ]
     if wrong:
-        raise UserError(
-            f"convert: {len(wrong)} tensors have another shape: {', '.join(wrong[:10])}"
-        )
+        names = ", ".join(wrong[:10])
+        raise UserError(f"convert: {len(wrong)} tensors have another shape: {names}")
     return converted
 
 
 def config_from(state_dict: Mapping[str, Tensor]) -> Config:
-    """The config of a model with these tensors (our names), read off the names and shapes.
+    """The config of a model with these tensors (our names), read off their names and shapes.
 
     Raises:
-        UserError: the tensors that tell are not there.
+        UserError: they are not of a Sparse R-CNN.
     """
+
+    def count(pattern: str) -> int:
+        """How many different values the group of the pattern has among the names."""
+        return len({match[1] for key in state_dict if (match := re.match(pattern, key))})
+
+    def count_linear(name: str) -> int:
+        pattern = rf"head\.stages\.0\.{name}\.\d+\.weight"
+        matrices = [key for key in state_dict if re.fullmatch(pattern, key)]
+        return sum(state_dict[key].dim() == 2 for key in matrices)
+
     depths = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (2, 2, 2, 2): "resnet18"}
-    blocks = tuple(
-        len(
-            {
-                key.split(".")[3]
-                for key in state_dict
-                if key.startswith(f"backbone.body.layer{layer}.")
-            }
-        )
-        for layer in (1, 2, 3, 4)
-    )
-    stages = {key.split(".")[2] for key in state_dict if key.startswith("head.stages.")}
+    blocks = tuple(count(rf"backbone\.body\.layer{layer}\.(\d+)") for layer in (1, 2, 3, 4))
     try:
+        backbone = depths[blocks]
         num_proposals, hidden_dim = state_dict["proposal_feats"].shape
         generated = len(state_dict["head.stages.0.interaction.linear1.weight"])
         flattened = state_dict["head.stages.0.interaction.linear2.weight"].shape[1]
-        backbone, ffn_dim = depths[blocks], len(state_dict["head.stages.0.ffn.0.weight"])
+        ffn_dim = len(state_dict["head.stages.0.ffn.0.weight"])
         num_classes = len(state_dict["head.stages.0.cls_logits.weight"])
     except KeyError as error:
         raise UserError(
-            f"convert: this is no Sparse R-CNN on a ResNet-18, 50 or 101: {error} was looked for"
+            f"convert: this is no Sparse R-CNN on a ResNet-18, 50 or 101: {error} was not found"
         ) from None
-    is_linear = [
-        key
-        for key in state_dict
-        if re.fullmatch(r"head\.stages\.0\.(cls|reg)_layers\.\d*[0369]\.weight", key)
-    ]
-    config = Config(
+
+    depth = "r101" if backbone == "resnet101" else "r50"
+    has_300 = num_proposals == 300
+    return Config(
+        preset=f"{depth}-{300 if has_300 else 100}",
+        crop=has_300,
         backbone=backbone,
         num_classes=num_classes,
         num_proposals=num_proposals,
-        num_stages=len(stages),
+        num_stages=count(r"head\.stages\.(\d+)"),
         hidden_dim=hidden_dim,
         dynamic_dim=generated // (2 * hidden_dim),
         ffn_dim=ffn_dim,
         roi_size=round((flattened / hidden_dim) ** 0.5),
-        num_cls_layers=sum(
-            ".cls_layers." in key and state_dict[key].dim() == 2 for key in is_linear
-        ),
-        num_reg_layers=sum(
-            ".reg_layers." in key and state_dict[key].dim() == 2 for key in is_linear
-        ),
+        num_cls_layers=count_linear("cls_layers"),
+        num_reg_layers=count_linear("reg_layers"),
     )
-    is_r101 = config.backbone == "resnet101"
-    preset = f"{'r101' if is_r101 else 'r50'}-{300 if num_proposals == 300 else 100}"
-    return replace(config, preset=preset, crop=num_proposals == 300)
 
 
 def as_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of ours (see `checkpoint.py`) from what `convert_checkpoint` takes; 80 classes are COCO's.
+    """A checkpoint of ours (see support/checkpoint.py) from what `convert_checkpoint` takes.
+
+    A model of 80 classes gets COCO's names and category ids, any other one gets numbers.
 
     Raises:
         UserError: as `convert_checkpoint`.
     """
     model = convert_checkpoint(state_dict)
     config = config_from(model)
-    is_coco = len(COCO_CLASSES) == config.num_classes
+    names = {label: f"class {label}" for label in range(config.num_classes)}
+    if config.num_classes == len(COCO_CLASSES):
+        names = COCO_CLASSES
     return {
         "model": model,
         "config": config.to_dict(),
-        "class_names": list(COCO_CLASSES.values())
-        if is_coco
-        else [f"class {i}" for i in range(config.num_classes)],
-        "category_ids": list(COCO_CLASSES) if is_coco else list(range(config.num_classes)),
+        "class_names": list(names.values()),
+        "category_ids": list(names),
     }

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "tests/reference"
 CPU = World(torch.device("cpu"))
 
-# Small enough for a step in milliseconds; B, N, K, C, S are all different wherever a test chooses them.
+# Small enough for a step in milliseconds. B, N, K, C and S differ wherever a test chooses them.
 TINY = replace(
     PRESETS["shapes"],
     num_proposals=7,
@@ -135,7 +135,7 @@ def torchrun(*args: str, processes: int = 2, **kwargs: Any) -> subprocess.Comple
 
 
 def draw_reference_tensor(key: str, shape: list[int], seed: int) -> torch.Tensor:
-    """A tensor of the reference cases by the rule in reference/README.md: the first line that fits."""
+    """A tensor of the reference cases, by the first line that fits in reference/README.md."""
     rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
     if key.endswith("num_batches_tracked"):
         return torch.tensor(0)

@@ -1,4 +1,4 @@
-"""One recipe at any number of processes: batches, gradients, evaluation and faults, with a real torchrun."""
+"""The same recipe with any number of processes, seen with a real torchrun."""
 
 import os
 import signal
@@ -130,7 +130,7 @@ def test_sum_and_gather(two: list[dict]) -> None:
 
 
 def test_the_gradient_is_the_same_however_the_batch_is_divided(two: list[dict]) -> None:
-    """1 process × 4 images, 1 × 2 × 2 accumulated, 2 × 2, 2 × 1 × 2 accumulated; one image is empty."""
+    """1 × 4 images, 1 × 2 × 2 accumulated, 2 × 2, 2 × 1 × 2 accumulated; one has no objects."""
     reference = gradients(CPU, None, 0, 1)
     others = {"1 × 2 × 2": gradients(CPU, 2, 0, 1)}
     for rank, result in enumerate(two):
@@ -179,7 +179,8 @@ def test_evaluation_sees_every_image_once_and_equals_one_process(two: list[dict]
 
 def test_a_process_ends_although_a_worker_is_still_there() -> None:
     script = (
-        "import builtins, sys; from support.loader import make_loader; from test_distributed import Drawing\n"
+        "import builtins, sys\n"
+        "from support.loader import make_loader; from test_distributed import Drawing\n"
         "builtins.kept = iter(make_loader(Drawing(), [[i] for i in range(20)], workers=1))\n"
         "next(builtins.kept); sys.exit(3)"
     )

@@ -1,4 +1,4 @@
-"""What can only be seen on a GPU: the same figures as on the CPU, and training in every precision."""
+"""Only a GPU shows this: the same figures as on the CPU, and training in every precision."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The notebooks as committed: whole, run in order, without errors. `make check-notebooks` executes them."""
+"""The committed notebooks ran in order, without errors; `make check-notebooks` executes them."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-# A path from the root of somebody's machine; a URL's path and `../assets` have something before their slash.
+# A path from the root of somebody's machine; in URLs and in `../assets` something precedes the /.
 MACHINE_PATH = re.compile(
     r"(?<![\w.~\-/])/(work|tmp|home|root|Users|usr|opt|var|mnt|content)\b|\b[A-Z]:\\\\"
 )

@@ -1,4 +1,4 @@
-"""Weights by name: the table, and a download from a local server that works, breaks off, is corrupted or not there."""
+"""Weights by name, from a local server: downloads that work, break off or are corrupted."""
 
 import http.server
 import re

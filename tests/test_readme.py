@@ -1,4 +1,4 @@
-"""What the README shows: its Python runs as it stands, and the files and commands it names exist."""
+"""What the README shows: its Python runs as it is, and its files and commands exist."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""train.py as it is used: its command line, what it writes, resuming, faults, precision, fine-tuning."""
+"""train.py as people use it: command line, output, resuming, faults, precision, fine-tuning."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def data_flags(train_set: tuple[Path, Path], val_set: tuple[Path, Path] | None =
 def test_a_run_on_ones_own_data_writes_what_the_contract_says(
     make_coco, tiny_flags: list[str], tmp_path: Path
 ) -> None:
-    """Odd category ids, another order of them in the validation file, and everything in the output folder."""
+    """With odd category ids, in another order in the validation file."""
     own = data_flags(
         make_coco("train", 8), make_coco("val", 3, categories={2: "cow", 9: "cat", 4: "dog"})
     )
@@ -281,7 +281,7 @@ def test_resuming_equals_never_having_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Cut off in mid-epoch, at an epoch's end before its evaluation, and early in the second; then --resume."""
+    """Cut off in mid-epoch, before the evaluation, and early in the second epoch; then resumed."""
     steps = 0
 
     def crash(*args):
@@ -405,7 +405,7 @@ def start(flags: list[str], output: Path) -> subprocess.Popen:
 
 
 def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
-    """Until a checkpoint of at least that step is there; every checkpoint on the way must be loadable."""
+    """Waits for a checkpoint of at least that step; every one on the way must load."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if (output / "last.pt").exists() and load_checkpoint(output / "last.pt")["step"] >= step:
@@ -414,7 +414,7 @@ def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
 
 
 def kill_again_and_again(times: int, flags: list[str], output: Path) -> None:
-    """SIGKILL at random moments, writes among them, then to the end: never without a checkpoint that loads."""
+    """SIGKILL at random moments, also while it writes, then to the end: a checkpoint always loads."""
     rng, step, kills = random.Random(times), 0, 0
     for _ in range(times):
         process = start(flags, output)
@@ -450,7 +450,7 @@ def test_killed_twenty_times(module_flags: list[str], tmp_path: Path) -> None:
 def test_a_signal_finishes_the_step_saves_and_says_so(
     number: int, module_flags: list[str], tmp_path: Path
 ) -> None:
-    """A signal to the whole group, workers included, as a terminal, torchrun and a batch system send it."""
+    """To the whole process group, as a terminal, torchrun and a batch system send it."""
     process = start([*module_flags, "--shapes-train", "2000", "--workers", "1"], tmp_path)
     wait_for_step(tmp_path, process, 2)
     os.killpg(process.pid, number)
@@ -502,8 +502,8 @@ def test_two_processes_stop_resume_and_end_where_one_run_would(
     )
     stopped = torchrun(str(stopping), *flags[1:], str(tmp_path / "a"))
     assert stopped.returncode != 0 and "stopped by signal 15 at step 2" in stopped.stdout
-    # On every rank; but as soon as one has exited torchrun sends SIGTERM, which may meet the other when Python has put
-    # its signal handlers away already.
+    # On every rank. But as soon as one has exited, torchrun sends SIGTERM, which may meet the other
+    # one after Python has put its signal handlers away.
     codes = re.findall(r"exitcode  : (-?\d+)", stopped.stderr)
     assert sorted(codes) in (["143", "143"], ["-15", "143"]), stopped.stderr[-3000:]
     resumed = torchrun(*flags, str(tmp_path / "a"), "--resume", "auto")

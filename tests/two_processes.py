@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun: what each process found goes to the folder given, as rank.pt."""
+"""test_distributed.py runs this under torchrun; each process writes what it found to RANK.pt."""
 
 import sys
 from dataclasses import replace
@@ -33,7 +33,7 @@ def batch() -> tuple[list[torch.Tensor], list[dict]]:
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Proposals in different places, and class scores that differ: matching is then the same on every machine."""
+    """Puts the proposals into different places, so that matching is the same on every machine."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         model.proposal_boxes[:, :2] = 0.3 + 0.4 * torch.rand(
@@ -60,7 +60,7 @@ def gradients(
 
 
 def poisoned(world: World, micro_batch: int | None, rank: int, size: int) -> dict:
-    """A NaN in one process: all skip the step, the next one is fine, and the run ends after too many in a row."""
+    """A NaN in one process: all skip the step, the next one is fine, too many in a row end it."""
     training = new_training(
         replace(FROZEN, max_bad_steps=3, micro_batch=micro_batch), world, steps_per_epoch=10
     )
@@ -85,7 +85,7 @@ def poisoned(world: World, micro_batch: int | None, rank: int, size: int) -> dic
 
 
 def buffers_after_a_step(world: World) -> list[float]:
-    """The running statistics of trained batch norms, after each process saw other images, made equal."""
+    """Running statistics after each process saw other images, and after they were made equal."""
     training = new_training(replace(TINY, batch_size=4), world, steps_per_epoch=10)
     images, targets = batch()
     take_step(training, images[world.rank :: world.size], targets[world.rank :: world.size], 10)
