@@ -31,10 +31,17 @@ from data import check_data, make_dataset, require_objects
 from evaluate import evaluate, format_table
 from model import SparseRCNN, build_model
 from support.checkpoint import Training, load_checkpoint, load_what_fits
-from support.cli import AMP_DTYPES, parse_args, preset_from, run_main
+from support.cli import AMP_DTYPES, check_compiler, parse_args, preset_from, run_main
 from support.distributed import World, join_world
-from support.errors import NotFinite, UserError
-from support.faults import Clock, StopSignal, skip, statistics_restored
+from support.errors import NotFinite
+from support.faults import (
+    Clock,
+    StopSignal,
+    check_batch_norms,
+    saved_if_loading_fails,
+    skip,
+    statistics_restored,
+)
 from support.loader import Batch, GroupedBatches, Loader, fetch, make_loader
 from support.report import Report, prepare_output, print_summary, warn_of_crowded_images
 
@@ -129,17 +136,19 @@ def train(
         if training.steps_into_epoch == 0:
             training.sums.clear()
         report.start_epoch()
-        for batch in fetch(loader, world, training.epoch, training.steps_into_epoch, stop, clock):
-            try:
-                with statistics_restored(model):
-                    values = train_step(training, batch)
-                training.bad_in_a_row = 0
-            except NotFinite as error:
-                values = skip(training, [target["image_id"] for target in batch.targets], error)
-            training.step += 1  # after a skipped step too: the schedule counts batches
-            report.step(batch, values)
-            if batch.is_save_due:
-                training.save(output / "last.pt")
+        batches = fetch(loader, world, training.epoch, training.steps_into_epoch, stop, clock)
+        with saved_if_loading_fails(training, output / "last.pt"):
+            for batch in batches:
+                try:
+                    with statistics_restored(model):
+                        values = train_step(training, batch)
+                    training.bad_in_a_row = 0
+                except NotFinite as error:
+                    values = skip(training, batch.image_ids, error)
+                training.step += 1  # after a skipped step too: the schedule counts batches
+                report.step(batch, values)
+                if batch.is_save_due:
+                    training.save(output / "last.pt")
         report.end_steps()
 
         world.copy_buffers(model)
@@ -233,6 +242,7 @@ def start_training(
     torch.manual_seed(config.seed)
     model = build(config).to(world.device)
     if config.compile:
+        check_compiler(world.device)
         model.compile()
     optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -286,13 +296,20 @@ def run(
 
         sizes_hw = train_set.sizes_hw
         batches = GroupedBatches(sizes_hw, config.batch_size, config.seed, world.rank, world.size)
-        loader = make_loader(train_set, batches, config.workers, reseeded=True)
+        loader = make_loader(
+            train_set,
+            batches,
+            config.workers,
+            reseeded=True,
+            batch_bytes=3 * max(config.min_sizes) * config.max_size * batches.share,
+        )
 
         # A model that is about to be overwritten needs no ImageNet weights.
         pretrained = checkpoint is None
         training = start_training(
             config, world, train_set, len(batches), lambda config: build(config, pretrained)
         )
+        check_batch_norms(training, batches.share)
         if checkpoint is not None:
             training.restore(checkpoint, args.resume)
             steps = f"step {training.step} of {training.total_steps}"

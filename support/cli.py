@@ -112,6 +112,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_compiler(device: torch.device) -> None:
+    """Tries torch.compile on one addition, before minutes are spent on a model.
+
+    Raises:
+        UserError: it does not work here, for example because there is no C++ compiler.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # the compilers' errors have no base class of their own
+        raise UserError(
+            f"--compile: torch.compile does not work here ({first_line(error)}); install a C++ "
+            "compiler such as g++, or leave out --compile"
+        ) from None
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person would say them: 4.2 s, 3 min 07 s, 2 h 05 min."""
     if seconds < 60:

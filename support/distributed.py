@@ -67,11 +67,14 @@ class World:
             error = problem
         self.raise_together(error)
 
-    def raise_together(self, error: Exception | None) -> None:
-        """What `together` does at its end, for an error that was caught earlier."""
+    def raise_together(self, error: Exception | None, kind: type[Exception] = UserError) -> None:
+        """What `together` does at its end, for an error that was caught earlier.
+
+        Processes without an error of their own raise one of the given kind.
+        """
         texts = [text for text in self.gather(error and str(error)) if text is not None]
         if texts:
-            raise error or UserError(texts[0])
+            raise error or kind(texts[0])
 
     def copy_buffers(self, model: nn.Module) -> None:
         """Gives all processes the main one's buffers: the statistics of trained batch norms."""

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class LoadingFailed(UserError):
+    """A batch that could not be loaded; raised in all processes alike, between two steps."""
+
+
 class NotFinite(ArithmeticError):
     """A training step whose loss or gradient is not finite; raised in all processes alike.
 

@@ -4,13 +4,14 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from support.checkpoint import Training
 from support.distributed import World
-from support.errors import NotFinite, UserError
+from support.errors import LoadingFailed, NotFinite, UserError
 
 
 @contextlib.contextmanager
@@ -29,6 +30,27 @@ def statistics_restored(model: nn.Module) -> Iterator[None]:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         raise
+
+
+def check_batch_norms(training: Training, batch_size: int) -> None:
+    """Finds out before the first step whether trained batch norms have more than one value.
+
+    Args:
+        training: its model and config.
+        batch_size: images that this process takes per step.
+
+    Raises:
+        UserError: an image of 32 pixels goes through alone, so that p5 is a single cell.
+    """
+    is_trained = any(isinstance(module, nn.BatchNorm2d) for module in training.model.modules())
+    size = training.config.micro_batch or batch_size
+    smallest_part = batch_size % size or size
+    smallest_px = min(training.config.min_sizes)
+    if is_trained and smallest_part == 1 and smallest_px <= 32:
+        raise UserError(
+            f"train: batch norms cannot learn from one image of {smallest_px} pixels at a time; "
+            "give a larger --batch-size, --micro-batch or --min-sizes"
+        )
 
 
 def skip(training: Training, image_ids: list[int], error: NotFinite) -> dict[str, float]:
@@ -61,6 +83,20 @@ def skip(training: Training, image_ids: list[int], error: NotFinite) -> dict[str
     )
 
 
+@contextlib.contextmanager
+def saved_if_loading_fails(training: Training, path: Path) -> Iterator[None]:
+    """Saves the steps so far if a batch cannot be loaded."""
+    try:
+        yield
+    except LoadingFailed:
+        training.save(path)
+        raise
+
+
+class Stopped(Exception):
+    """A signal came while the process was waiting; `StopSignal.signal` says which."""
+
+
 class StopSignal:
     """Inside `with`, SIGTERM (pre-emption) and SIGINT (Ctrl-C) are noted instead of obeyed.
 
@@ -74,6 +110,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._text: str | None = None  # what to print before obeying at once
+        self._is_waiting = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -100,8 +137,21 @@ class StopSignal:
         yield
         self._text = None
 
+    @contextlib.contextmanager
+    def ends_waiting(self) -> Iterator[None]:
+        """Inside, a signal raises `Stopped`: nobody has to wait for data that may never come."""
+        self._is_waiting = True
+        try:
+            if self.signal is not None:
+                raise Stopped
+            yield
+        finally:
+            self._is_waiting = False
+
     def _note(self, number: int, _: object) -> None:
         self.signal = int(number)
+        if self._is_waiting:
+            raise Stopped
         if self._text is not None:
             print(f"stopped by signal {self.signal} {self._text}", flush=True)
             raise SystemExit(128 + self.signal)

@@ -10,21 +10,25 @@ code groups them too, but in every process as images come, so that the order dep
 of processes.
 """
 
+import math
 import os
+import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from support.distributed import World
-from support.errors import UserError
-from support.faults import Clock, StopSignal
+from support.errors import LoadingFailed, UserError, first_line
+from support.faults import Clock, Stopped, StopSignal
 
 Target = dict[str, Any]
+PREFETCHED_BATCHES = 4  # per worker
 
 
 class Part(NamedTuple):
@@ -46,6 +50,11 @@ class Batch(NamedTuple):
     started: float = 0.0  # time.perf_counter() before this batch was waited for
     data_seconds: float = 0.0  # that this process waited for it
 
+    @property
+    def image_ids(self) -> list[int]:
+        """Of this process's images."""
+        return [target["image_id"] for target in self.targets]
+
     def parts(self, size: int | None) -> Iterator[Part]:
         """The batch in parts of at most `size` images; None is the whole batch."""
         size = size or len(self.images)
@@ -64,7 +73,7 @@ def fetch(
     was asked to stop, whether one failed to load an image, and whether a checkpoint is due.
 
     Raises:
-        UserError, OSError: in all processes, if one of them cannot load an image.
+        LoadingFailed: in all processes, if one of them cannot load an image.
     """
     loader.batch_sampler.seek(epoch, first)
     batches = iter(loader)
@@ -72,9 +81,12 @@ def fetch(
         started = time.perf_counter()
         images, targets, error = [], [], None
         try:
-            images, targets = next(batches)
-        except (UserError, OSError) as problem:  # an image that only this process has met
-            error = problem
+            with stop.ends_waiting():
+                images, targets = next(batches)
+        except Stopped:
+            pass  # the others hear of it below
+        except (UserError, OSError, RuntimeError) as problem:  # only this process has met it
+            error = LoadingFailed(loading_problem(problem))
         data_seconds = time.perf_counter() - started
 
         num_objects, num_images, stops, saves, errors = world.sum(
@@ -85,12 +97,33 @@ def fetch(
             error is not None,
         )
         if errors:
-            world.raise_together(error)
+            world.raise_together(error, LoadingFailed)
         if stops:
             return
         yield Batch(
             images, targets, num_objects, int(num_images), bool(saves), started, data_seconds
         )
+
+
+def loading_problem(error: Exception) -> str:
+    """What went wrong and what to do, in one line, for an error that a loader raised.
+
+    Raises:
+        Exception: the error itself, if it is none that a user can do something about.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    text = first_line(error)
+    if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed" in text):
+        return (
+            f"a process that loads images was killed ({text}), often because the memory is full; "
+            "go on with --resume auto and fewer --workers"
+        )
+    if "open files" in str(error) or "ancdata" in str(error):
+        return f"too many open files ({text}); raise the limit (ulimit -n) or give fewer --workers"
+    if isinstance(error, OSError):
+        return text
+    raise error
 
 
 class GroupedBatches(Sampler):
@@ -136,6 +169,11 @@ class GroupedBatches(Sampler):
 
     def __len__(self) -> int:
         return len(self.is_wide) // self.batch_size
+
+    @property
+    def share(self) -> int:
+        """Images of a batch that this process takes."""
+        return self.batch_size // self.world_size
 
     def seek(self, epoch: int, first: int) -> None:
         """Lets the next iteration be that of `epoch`, from batch number `first` on."""
@@ -195,11 +233,90 @@ class _Guarded(Dataset):
             return error
 
 
-def _collate(items: Sequence[Any]) -> tuple[list[Tensor], list[Target]] | UserError:
+class _Packed(NamedTuple):
+    """A batch on its way from a worker to the main process: all of its tensors as one.
+
+    Each tensor that travels is an open file and a piece of shared memory; a batch of 128 images
+    would be 384 of them, more than some systems allow.
+    """
+
+    buffer: Tensor  # (bytes,) uint8
+    layout: Any  # the batch, with a `_Slot` in place of every tensor
+
+
+class _Slot(NamedTuple):
+    """Where a tensor lies in the buffer."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor, which shares the buffer's memory."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        values = buffer[self.start : self.start + size].view(self.dtype)
+        return values.as_strided(self.shape, self.stride, values.storage_offset())
+
+
+def _pack(batch: Any) -> _Packed:
+    """Raises RuntimeError if the batch does not fit into shared memory."""
+    tensors, slots, end = [], [], 0
+
+    def lay_out(value: Any) -> Any:
+        nonlocal end
+        if isinstance(value, list | tuple):
+            return type(value)(map(lay_out, value))
+        if isinstance(value, dict):
+            return {key: lay_out(item) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        value = value.as_subclass(Tensor)
+        # The strides that a copy gets: the order of the dimensions in memory, without gaps.
+        slots.append(_Slot(end, value.dtype, tuple(value.shape), torch.empty_like(value).stride()))
+        tensors.append(value)
+        end += -(-value.nbytes // 16) * 16  # the next one begins at a multiple of 16 bytes
+        return slots[-1]
+
+    layout = lay_out(batch)
+    buffer = torch.empty(end, dtype=torch.uint8).share_memory_()
+    for tensor, slot in zip(tensors, slots, strict=True):
+        slot.view(buffer).copy_(tensor)
+    return _Packed(buffer, layout)
+
+
+def _unpack(packed: _Packed) -> Any:
+    def fill(value: Any) -> Any:
+        if isinstance(value, _Slot):
+            return value.view(packed.buffer)
+        if isinstance(value, list | tuple):
+            return type(value)(map(fill, value))
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        return value
+
+    return fill(packed.layout)
+
+
+def _collate(items: Sequence[Any]) -> Any:
+    """`collate`, packed if this is a worker; or the first `UserError` among the items.
+
+    The queue to the main process would put the batch into shared memory later, in a thread. There,
+    a full /dev/shm loses the batch, and the main process waits for it forever.
+    """
     for item in items:
         if isinstance(item, UserError):
             return item
-    return collate(items)
+    batch = collate(items)
+    if get_worker_info() is None:
+        return batch
+    try:
+        return _pack(batch)
+    except RuntimeError as error:
+        return UserError(
+            f"a batch does not fit into shared memory ({first_line(error)}); give fewer --workers "
+            "or a larger /dev/shm (docker run --shm-size=2g)"
+        )
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -218,14 +335,44 @@ class Loader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            yield _unpack(batch) if isinstance(batch, _Packed) else batch
 
 
 def usable_workers(workers: int) -> int:
     """At most one worker per processor that this process may run on: more only get in the way."""
+    return min(workers, processors())
+
+
+def processors() -> int:
+    """How many processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return min(workers, len(os.sched_getaffinity(0)))
-    return min(workers, os.cpu_count() or 1)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def workers_that_fit(workers: int, batch_bytes: int) -> int:
+    """As many of the workers as shared memory has room for; fewer come with a warning.
+
+    A batch travels from a worker to the main process through /dev/shm, which has only 64 MB in a
+    container of Docker's defaults.
+
+    Args:
+        workers: of this process.
+        batch_bytes: the most that a batch takes.
+    """
+    if workers == 0 or not os.path.isdir("/dev/shm"):
+        return workers
+    # The processes of torchrun share it. A tenth is left for others.
+    free = 0.9 * shutil.disk_usage("/dev/shm").free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fitting = min(workers, int(free // max(1, PREFETCHED_BATCHES * batch_bytes)))
+    if fitting < workers:
+        warnings.warn(
+            f"/dev/shm has {free / 1e6:.0f} MB free, {workers} workers need up to "
+            f"{workers * PREFETCHED_BATCHES * batch_bytes / 1e6:.0f} MB for the batches they load "
+            f"ahead: using {fitting} workers. A larger one is faster (docker run --shm-size=2g)",
+            stacklevel=2,
+        )
+    return fitting
 
 
 def _start_worker(worker_id: int) -> None:
@@ -241,7 +388,11 @@ def _start_worker(worker_id: int) -> None:
 
 
 def make_loader(
-    dataset: Dataset, batches: Sequence | Sampler, workers: int, reseeded: bool = False
+    dataset: Dataset,
+    batches: Sequence | Sampler,
+    workers: int,
+    reseeded: bool = False,
+    batch_bytes: int = 0,
 ) -> Loader:
     """Batches of images and targets, decoded ahead by workers that stay from epoch to epoch.
 
@@ -250,11 +401,13 @@ def make_loader(
         batches: yields lists of the data set's indices, or of (index, seed) pairs if `reseeded`.
         workers: processes that load images, at most one per processor; 0 loads them in this one.
         reseeded: augment each image with the seed that comes with its index.
+        batch_bytes: the most that a batch takes; fewer workers are used if they do not fit into
+            shared memory.
 
     Returns:
         An iterable of (images, targets), two lists; on a machine with a GPU in pinned memory.
     """
-    workers = usable_workers(workers)
+    workers = workers_that_fit(usable_workers(workers), batch_bytes)
     return Loader(
         _Guarded(Reseeded(dataset) if reseeded else dataset),
         batch_sampler=batches,
@@ -262,7 +415,7 @@ def make_loader(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCHED_BATCHES if workers else None,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # of the loader's own draws: the global one is the model's
     )
