@@ -1,20 +1,21 @@
-"""The ablations of the paper's slides, one command each: `python -m experiments.ablate TABLE …` (3 4 5 6 7 8 10 or all).
+"""The paper's ablations in miniature: `python -m experiments.ablate TABLE …`, or `all`.
 
-It trains the variants of the tables (`experiments/variants.py`) with the same data, schedule and seeds, and sets the paper's
-figures beside ours. A variant that several tables have is trained once. What is finished is kept, and a run that was
-stopped goes on where it was: repeat the command. Started twice at the same time, with OMP_NUM_THREADS=1 each, the two
-share the runs, which on two cores is faster than one after the other.
+It trains the variants of the paper's Tables 3 to 8 and 10 (`experiments/variants.py`) with the same
+data, schedule and seeds, and writes the paper's figures beside ours. A variant that several tables
+share is trained once. Finished runs are kept, and a run that was stopped continues where it was:
+repeat the command. If it is started twice at the same time, the two share the runs. On two cores,
+with OMP_NUM_THREADS=1 each, that is faster than one after the other.
 
-In:  every setting of `train.py` (data, schedule, …) as a flag. Without `--preset` they are `ABLATION`'s.
-Out: --output DIR: tableN.md, tableN.json, tableN.png, written again with every result that arrives.
-     --runs DIR: VARIANT-seedN with what `train.py` writes (checkpoints to go on with, not to use), and result.json.
+In:  every setting of `train.py` (data, schedule, …) as a flag. The defaults are in `ABLATION`.
+Out: --output DIR: tableN.md, tableN.json and tableN.png, written again whenever a run is finished.
+     --runs DIR: VARIANT-seedN, with the files of `train.py` and result.json.
 
-The paper's figures are of COCO after 36 epochs on eight GPUs, ours of a small model on small pictures after minutes:
-compare the order of the rows and not the figures. Table 10's rows of DETR are left out.
+The paper's figures are for COCO after 36 epochs on eight GPUs, ours for a small model on small
+images after minutes. Compare the order of the rows, not the figures. Table 10's rows of DETR are
+left out.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import filelock
 import torch
 import tyro
 
@@ -40,20 +42,25 @@ from support.errors import UserError
 from support.report import git_revision
 from visualize import new_figure, plot_bars
 
-# The shapes preset with the paper's six stages, and half of its proposals: then five times as many can be afforded. The
-# demo level: within 1,500 steps on the crowded one Sparse R-CNN has only begun to learn (AP 1.5 from the grid), and
-# comparing its variants would compare nothing.
+# The shapes preset with six stages as in the paper, and half as many proposals, so that Table 7 can
+# afford five times as many. The data is the demo level: on the crowded one, Sparse R-CNN has only
+# begun to learn after 1,500 steps (AP 1.5 from the grid), and a comparison would show nothing.
 ABLATION = replace(PRESETS["shapes"], num_stages=6, num_proposals=10, eval_every=6)
+
 # Settings that do not change what is trained; num_classes comes from the data.
 IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes", "compile")
-HEADINGS = {
-    "FPS": ("FPS", "images/s"),
-    "time": ("training, h", "training, min"),
-}  # the paper's and ours, where not one
+
+# Columns with other names or units in the paper than here.
+PAPER_HEADINGS = {"FPS": "FPS", "time": "training, h"}
+OUR_HEADINGS = {"FPS": "images/s", "time": "training, min"}
 
 
 class Table(NamedTuple):
-    """A table of the paper: its rows are (what it calls them, our variant, its figures in the order of `columns`)."""
+    """A table of the paper.
+
+    Each row has the paper's label, the name of our variant, and the paper's figures in the order of
+    `columns`.
+    """
 
     title: str
     columns: str
@@ -131,14 +138,12 @@ TABLES = {
 
 @dataclass(frozen=True)
 class AblateArgs:
-    tables: tyro.conf.Positional[
-        tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]
-    ]  # tables of the paper
-    config: Config = field(default_factory=lambda: ABLATION)
-    seeds: tuple[
-        int, ...
-    ] = ()  # the variants are trained once with each; by default with --seed alone
-    output: Path = Path("ablations")  # folder for the tables
+    # Tables of the paper.
+    tables: tyro.conf.Positional[tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]]
+    # Its fields are the flags.
+    config: tyro.conf.Suppress[Config] = field(default_factory=lambda: ABLATION)
+    seeds: tuple[int, ...] = ()  # train each variant once per seed; by default with --seed only
+    output: Path = Path("experiments/results")  # folder for the tables
     runs: Path = Path("runs/ablations")  # folder for the training runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
 
@@ -156,73 +161,96 @@ class AblateArgs:
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[bool]:
-    """Whether this process has the file to itself; the claim ends with the process, however that ends."""
-    with open(path, "w") as file:
-        is_mine = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_mine = False
-        yield is_mine
+    """Whether this process has the file to itself; its claim ends with it, however that ends."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
-def is_as_wanted(values: dict[str, Any], config: Config) -> bool:
-    """Whether a run's config, as read from JSON, trains what `config` does."""
+def trains_the_same(values: dict[str, Any], config: Config) -> bool:
+    """Whether a run with these settings, as read from JSON, trains what `config` does."""
     wanted = json.loads(json.dumps(config.to_dict()))
     return all(values.get(name) == wanted[name] for name in wanted if name not in IRRELEVANT)
 
 
 def read_result(args: AblateArgs, variant: str, seed: int) -> dict[str, Any] | None:
-    """A finished run's figures, or None where there are none of these settings."""
+    """The figures of a finished run; None if there is none with these settings."""
     path = args.folder_of(variant, seed) / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
-    return result if is_as_wanted(result["config"], args.config_of(variant, seed)) else None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if trains_the_same(result["config"], args.config_of(variant, seed)) else None
+
+
+def set_aside_other_settings(folder: Path, config: Config) -> None:
+    """Renames the folder if its run has other settings: it may have taken hours, so it is kept."""
+    settings = folder / "config.json"
+    if not settings.exists():
+        return
+    if trains_the_same(json.loads(settings.read_text(encoding="utf-8")), config):
+        return
+
+    number = 1
+    while folder.with_name(f"{folder.name}.old{number}").exists():
+        number += 1
+    kept = folder.rename(folder.with_name(f"{folder.name}.old{number}"))
+    print(f"{folder} was trained with other settings; it is now {kept}")
 
 
 def train_variant(args: AblateArgs, variant: str, seed: int) -> int:
-    """Trains a variant, from its last checkpoint where it was begun, and writes its result. Returns the exit status."""
+    """Trains a variant, from its last checkpoint if there is one, and writes its result.
+
+    Returns:
+        The exit code of the training: 0, or 128 + the number of the signal that stopped it.
+    """
     folder, config = args.folder_of(variant, seed), args.config_of(variant, seed)
-    if (folder / "config.json").exists() and not is_as_wanted(
-        json.loads((folder / "config.json").read_text()), config
-    ):
-        # Hours may lie in it: it makes place, and nothing is deleted.
-        number = next(
-            n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists()
-        )
-        kept = folder.rename(folder.with_name(f"{folder.name}.old{number}"))
-        print(f"{folder} was trained with other settings; it is {kept} now")
+    set_aside_other_settings(folder, config)
+
     last = folder / "last.pt"
     checkpoint = load_checkpoint(last) if last.exists() else None
     resume = str(last) if checkpoint is not None else None
     run = train.TrainArgs(config=config, output=folder, device=args.device, resume=resume)
     if status := train.run(run, checkpoint, VARIANTS[variant].build):
         return status
-    result = measure(folder, variant, args.device)
-    temporary = folder / "result.json.tmp"
-    temporary.write_text(
-        json.dumps({"variant": variant, "seed": seed, **result}, indent=2, ensure_ascii=False)
-        + "\n"
-    )
-    temporary.replace(folder / "result.json")
+
+    result = {"variant": variant, "seed": seed, **measure(folder, variant, args.device)}
+    write_json(folder / "result.json", result)
     return 0
 
 
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a temporary file and renames it: whoever reads `path` finds a whole file."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 def measure(folder: Path, variant: str, device_name: str) -> dict[str, Any]:
-    """The figures of a trained variant: COCO's (fractions of 1), its speed one image at a time, and its size."""
+    """The figures of a trained variant.
+
+    Its AP (a fraction of 1), its speed with one image at a time, its size, and what they depend on.
+    """
     checkpoint, device = load_checkpoint(folder / "last.pt"), pick_device(device_name)
     config = Config.from_dict(checkpoint["config"])
     model = VARIANTS[variant].build(config, False)
     load_strictly(model, checkpoint["model"], folder / "last.pt")
+
     dataset = validation_set({**checkpoint, "config": config})
-    here = World(device)
-    metrics, _ = evaluate(
-        model.to(device).for_inference(), dataset, here, workers=config.workers, amp=config.amp
-    )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = lines[-1]["step"] / len(lines)  # of an epoch
-    seconds = sum(steps * config.batch_size / line["images_per_second"] for line in lines)
+    fast = model.to(device).for_inference()
+    metrics, _ = evaluate(fast, dataset, World(device), workers=config.workers, amp=config.amp)
+
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    epochs = [json.loads(line) for line in text.splitlines()]
+    images_per_epoch = epochs[-1]["step"] / len(epochs) * config.batch_size
+    seconds = sum(images_per_epoch / epoch["images_per_second"] for epoch in epochs)
     return {
         **{name: value for name, value in metrics.items() if name.startswith("A")},
         "FPS": metrics["speed"]["fps"],
@@ -240,90 +268,114 @@ def measure(folder: Path, variant: str, device_name: str) -> dict[str, Any]:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over seeds, the APs in percent, and half of the AP's range; what is not defined is left out."""
-    means = {}
+    """Means over the seeds, AP in percent, and half of AP's range as `spread`.
+
+    What is not defined is left out.
+    """
+    means: dict[str, float] = {}
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "FPS", "time", "parameters"):
         values = [result[name] for result in results if result[name] >= 0]  # −1: no such objects
         if values:
             means[name] = statistics.fmean(values) * (100 if name.startswith("AP") else 1)
     if len(results) > 1:
-        means["spread"] = 50 * (
-            max(result["AP"] for result in results) - min(result["AP"] for result in results)
-        )
-    return means | {"seeds": len(results)}
+        precisions = [100 * result["AP"] for result in results]
+        means["spread"] = (max(precisions) - min(precisions)) / 2
+    return {**means, "seeds": len(results)}
 
 
 def table_rows(args: AblateArgs, table: Table) -> list[dict[str, Any]]:
-    """The rows of a table: the paper's figures as `paper_AP` …, ours as `AP` …, as far as there are any."""
+    """The rows of a table: the paper's figures as `paper_AP` …, ours as `AP` … if there are any."""
     rows = []
     for label, name, figures in table.rows:
         variant = shared_name(name, args.config)
-        results = [result for seed in args.seeds if (result := read_result(args, variant, seed))]
-        label = label.format(N=VARIANTS[variant].config(args.config).num_proposals)
-        paper = {
-            f"paper_{column}": figure
-            for column, figure in zip(table.columns.split(), figures, strict=True)
-        }
+        found = [read_result(args, variant, seed) for seed in args.seeds]
+        results = [result for result in found if result is not None]
+        columns = [f"paper_{column}" for column in table.columns.split()]
         rows.append(
-            {"label": label, "variant": variant, **paper, **summary(results), "results": results}
+            {
+                "label": label.format(N=VARIANTS[variant].config(args.config).num_proposals),
+                "variant": variant,
+                **dict(zip(columns, figures, strict=True)),
+                **summary(results),
+                "results": results,
+            }
         )
     return rows
 
 
 def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
-    """The paper's table and ours, side by side, and what ours was made with."""
+    """The paper's table and ours side by side, and what ours was made with."""
     names = table.columns.split()
     columns = {"": "{label}"}
     for name in names:
-        columns[f"{HEADINGS.get(name, (name,))[0]} (paper)"] = (
-            f"{{paper_{name}:{'.0f' if name in HEADINGS else '.1f'}}}"
-        )
-    columns |= {HEADINGS.get(name, (name,))[-1]: f"{{{name}:.1f}}" for name in names}
+        digits = ".0f" if name in PAPER_HEADINGS else ".1f"
+        columns[f"{PAPER_HEADINGS.get(name, name)} (paper)"] = f"{{paper_{name}:{digits}}}"
+    for name in names:
+        columns[OUR_HEADINGS.get(name, name)] = f"{{{name}:.1f}}"
     if any("spread" in row for row in rows):
         columns["AP ±"] = "{spread:.1f}"
-    columns |= {"parameters": "{parameters:,.0f}", "seeds": "{seeds:d}"}
+    columns["parameters"] = "{parameters:,.0f}"
+    columns["seeds"] = "{seeds:d}"
     text = f"**Table {number}: {table.title}**\n\n{format_table(rows, columns)}\n"
-    if not (results := [result for row in rows for result in row["results"]]):
+
+    results = [result for row in rows for result in row["results"]]
+    if not results:
         return text
-    first, config = results[0], results[0]["config"]
-    data = config["train_json"] or f"{config['data']} ({config['shapes_train']} pictures)"
-    made = dict.fromkeys(
-        ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-        + f"; revision {result['revision']}"
-        for result in results
-    )
     if "FPS" in names:
-        text += "\nOur times are of runs beside other work; `python -m experiments.benchmark growth` measures in turns.\n"
-    return text + (
-        f"\nData: {data}, evaluated on {first['images']} images. Every run: {first['steps']} steps of "
-        f"{config['batch_size']} images. Seeds: {', '.join(sorted({str(result['seed']) for result in results}))}. "
-        f"{' | '.join(made)}.\n"
+        text += (
+            "\nOther programs ran at the same time, so our times are rough; "
+            "`python -m experiments.benchmark growth` measures speed in turns.\n"
+        )
+    return f"{text}\n{provenance(results)}\n"
+
+
+def provenance(results: Sequence[dict[str, Any]]) -> str:
+    """The data, the length of a run, the seeds, the machines and the revisions."""
+    first, config = results[0], results[0]["config"]
+    data = config["train_json"] or f"{config['data']} ({config['shapes_train']} images)"
+    seeds = ", ".join(sorted({str(result["seed"]) for result in results}))
+    machines = []
+    for result in results:
+        machine_text = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+        machines.append(f"{machine_text}; revision {result['revision']}")
+    return (
+        f"Data: {data}, evaluated on {first['images']} images. Each run: {first['steps']} steps "
+        f"with {config['batch_size']} images. Seeds: {seeds}. "
+        f"{' | '.join(dict.fromkeys(machines))}."
     )
+
+
+def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The AP of the paper and ours, one bar per row."""
+    figure, axes = new_figure(1, 2, (4.2, 0.8 + 0.38 * len(rows)))
+    labels = [row["label"] for row in rows]
+    plot_bars(axes[0, 0], labels, [row["paper_AP"] for row in rows], "{:.1f}")
+    axes[0, 0].set_title("paper: AP on COCO", fontsize=9)
+
+    done = [row for row in rows if "AP" in row]
+    plot_bars(axes[0, 1], [row["label"] for row in done], [row["AP"] for row in done], "{:.1f}")
+    axes[0, 1].set_xlim(left=0)
+    axes[0, 1].set_title("ours: AP", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def write_tables(args: AblateArgs, numbers: Sequence[str]) -> list[str]:
-    """Writes Markdown, JSON and figure of these tables with what there is; returns the Markdown."""
+    """Writes these tables with the results there are, as Markdown, JSON and a figure.
+
+    Returns:
+        The Markdown of each table.
+    """
     args.output.mkdir(parents=True, exist_ok=True)
     texts = []
     for number in numbers:
         table = TABLES[number]
         rows = table_rows(args, table)
         texts.append(markdown(number, table, rows))
-        (args.output / f"table{number}.md").write_text(texts[-1])
-        lines = {"table": number, "title": table.title, "rows": rows}
-        (args.output / f"table{number}.json").write_text(
-            json.dumps(lines, indent=2, ensure_ascii=False) + "\n"
-        )
-        figure, axes = new_figure(1, 2, (4.2, 0.8 + 0.38 * len(rows)))
-        done = [row for row in rows if "AP" in row]
-        plot_bars(
-            axes[0, 0], [row["label"] for row in rows], [row["paper_AP"] for row in rows], "{:.1f}"
-        )
-        axes[0, 0].set_title("paper: AP on COCO", fontsize=9)
-        plot_bars(axes[0, 1], [row["label"] for row in done], [row["AP"] for row in done], "{:.1f}")
-        axes[0, 1].set_xlim(left=0)
-        axes[0, 1].set_title("ours: AP", fontsize=9)
-        figure.savefig(args.output / f"table{number}.png", dpi=110)
+        path = args.output / f"table{number}"
+        path.with_suffix(".md").write_text(texts[-1], encoding="utf-8")
+        values = {"table": number, "title": table.title, "rows": rows}
+        write_json(path.with_suffix(".json"), values)
+        draw_bars(rows, path.with_suffix(".png"))
     return texts
 
 
@@ -334,72 +386,71 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
     """The command line.
 
     Raises:
-        UserError: there is no table, nothing to evaluate on, or several processes of torchrun.
+        UserError: no table is given, there is nothing to evaluate on, or torchrun has started this.
     """
     has_preset = any(word.split("=")[0] == "--preset" for word in argv)
-    config = preset_from(argv) if has_preset else ABLATION
     args = parse_args(
         argv,
         AblateArgs,
         "python -m experiments.ablate",
         __doc__.split("\n\n")[0],
         tables=(),
-        config=config,
+        config=preset_from(argv) if has_preset else ABLATION,
     )
     tables = tuple(TABLES) if "all" in args.tables else tuple(dict.fromkeys(args.tables))
     if not tables:
-        raise UserError(
-            f"ablate: no table given; tables: {', '.join(TABLES)}, or all (python -m experiments.ablate --help)"
-        )
-    args = replace(
-        args, tables=tables, seeds=tuple(dict.fromkeys(args.seeds)) or (args.config.seed,)
-    )
-    if args.config.train_json and not args.config.val_json:
+        raise UserError(f"ablate: no table given; the tables are {', '.join(TABLES)}, or all")
+
+    config = args.config
+    if config.train_json and not config.val_json:
         raise UserError(
             "ablate: nothing to evaluate on; give --val-json and --val-images with --train-json"
         )
-    if "10" in tables and args.config.hidden_dim % 8:
+    if "10" in tables and config.hidden_dim % 8:
         raise UserError(
-            f"ablate: --hidden-dim {args.config.hidden_dim}: Table 10's encoding needs a multiple of 8"
+            f"ablate: --hidden-dim {config.hidden_dim}: Table 10's encoding needs a multiple of 8"
         )
     if "RANK" in os.environ:
-        raise UserError("ablate: runs in one process, start it without torchrun")
-    return args
+        raise UserError("ablate: runs in one process; start it without torchrun")
+
+    seeds = tuple(dict.fromkeys(args.seeds)) or (config.seed,)
+    for seed in seeds:
+        replace(config, seed=seed)  # raises if the seed is out of range
+    return replace(args, tables=tables, seeds=seeds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; a user's mistake raises `UserError`. Returns the exit status, as `train.main` does."""
+    """The command line; a user's mistake raises `UserError`.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped a training.
+    """
     args = read_args(sys.argv[1:] if argv is None else list(argv))
     rows = [row for number in args.tables for row in TABLES[number].rows]
-    variants = list(dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows))
-    todo = [
-        (variant, seed)
-        for seed in args.seeds
-        for variant in variants
-        if not read_result(args, variant, seed)
-    ]
-    elsewhere = []
+    variants = dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows)
+    wanted = [(variant, seed) for seed in args.seeds for variant in variants]
+    missing = [run for run in wanted if read_result(args, *run) is None]
+
     args.runs.mkdir(parents=True, exist_ok=True)
-    for count, (variant, seed) in enumerate(todo, 1):
+    elsewhere = []
+    for count, (variant, seed) in enumerate(missing, 1):
         with claim(args.folder_of(variant, seed).with_suffix(".lock")) as is_mine:
             if not is_mine:
                 elsewhere.append(f"{variant} seed {seed}")
                 continue
-            if not read_result(
-                args, variant, seed
-            ):  # another process may have finished it meanwhile
-                print(f"\n=== {count} of {len(todo)}: {variant}, seed {seed} ===", flush=True)
-                if status := train_variant(args, variant, seed):
-                    return status
-                write_tables(args, args.tables)
+            if read_result(args, variant, seed) is not None:
+                continue  # another process has finished it in the meantime
+            print(f"\n=== {count} of {len(missing)}: {variant}, seed {seed} ===", flush=True)
+            if status := train_variant(args, variant, seed):
+                return status
+            write_tables(args, args.tables)
+
     print("\n" + "\n".join(write_tables(args, args.tables)))
     if elsewhere:
-        print(
-            f"another process is at work on {', '.join(elsewhere)}; repeat the command when it is done"
-        )
-    print(
-        f"written: {', '.join(f'table{number}' for number in args.tables)} as .md, .json, .png in {args.output}"
-    )
+        runs = ", ".join(elsewhere)
+        print(f"another process is working on {runs}; repeat the command when it has finished")
+    names = ", ".join(f"table{number}" for number in args.tables)
+    print(f"written: {names} as .md, .json and .png in {args.output}")
     return 0
 
 

@@ -1,30 +1,35 @@
-"""The models that `experiments.ablate` compares, each named after what it is (slides: Tables 3–8 and 10).
+"""The models that `experiments.ablate` compares, named after what they are (Tables 3 to 8 and 10).
 
-A variant is `build_model`'s model with another module in one place: other stages in the head, or other proposal boxes
-to start from. The backbone is built first, so that with one seed all variants start with the same one.
+A variant is the model of `build_model` with another module in one place: other stages in the head,
+or other proposal boxes to start from. The backbone is built first, so with one seed all variants
+start with the same backbone.
 
-Shapes: B images, N proposals, C channels, S stages, K classes; the RoI is R×R bins. Boxes as cx, cy, w, h lie in 0–1 of
-the image, as xyxy in its pixels.
+Shapes: B images, N proposals, C channels, S stages, K classes; the RoI has R×R bins. Boxes as
+cx, cy, w, h lie in 0–1 of the image; boxes as xyxy are in its pixels.
 
-Where the slides leave something open, this is what was chosen:
-    the static head     Faster R-CNN's two linear layers on the flattened region, 4·C wide (1024 for the paper's C), and
-                        after them the feed-forward network and the predictions of every other variant. It has neither
-                        proposal features nor self-attention: proposals differ in their boxes alone.
-    feature reuse       the last stage's object feature beside this one's, and a linear layer back to C. The first stage
-                        has no stage before it and reuses nothing.
-    self-attention      among the features that are reused, right before they are. In the first stage these are the
-                        proposal features, which come in with this row.
-    first boxes         Tables 6 to 8 and 10 start from the whole image, as the paper's models do. Tables 3 to 5 start
-                        all their rows from the grid: proposals that have only their boxes, and all the same one, would
-                        find the same and predict the same, and nothing but the luck of the matching parts them (one
-                        static stage came to AP 0.0 so). Their last row is the grid's of Table 6.
-    grid                cells tile the image, in about as many rows as columns; where N does not divide, the first rows
-                        have a cell more. The grids of several scales that G-CNN starts from do not give a number of
-                        boxes that can be chosen.
-    random              normal(0.5, 0.2) for centre and size, clamped to 0–1 and 0.05–1: a box needs an area.
-    positional encoding sines and cosines of the box, as in "Attention is all you need", added before every stage, as
-                        DETR adds its object queries before every layer. It has nothing to learn, and no gradient goes
-                        through it to the boxes: these are learned as in all other variants.
+Where the paper leaves something open, we chose:
+    the static head     Faster R-CNN's two linear layers on the flattened region, 4·C wide (1024 for
+                        the paper's C), then the feed-forward network and the predictions of every
+                        other variant. It has neither proposal features nor self-attention:
+                        proposals differ only in their boxes.
+    feature reuse       the last stage's object feature is concatenated to this one's, and a linear
+                        layer leads back to C. The first stage has no stage before it and reuses
+                        nothing.
+    self-attention      among the features that are reused, right before they are. In the first
+                        stage these are the proposal features, which come in with this row.
+    first boxes         Tables 6 to 8 and 10 start from the whole image, like the paper's models.
+                        All rows of Tables 3 to 5 start from the grid: proposals that have nothing
+                        but one and the same box would all find and predict the same. (A single
+                        static stage reached AP 0.0 this way.) Their last row is Table 6's grid.
+    grid                cells tile the image, in about as many rows as columns. If N does not divide
+                        evenly, the first rows have one more cell. G-CNN starts from grids at
+                        several scales, but then the number of boxes cannot be chosen.
+    random              normal(0.5, 0.2) for centre and size, clamped to 0–1 and 0.05–1: a box needs
+                        an area.
+    positional encoding sines and cosines of the box, as in "Attention is all you need", added
+                        before every stage, as DETR adds its object queries before every layer. It
+                        has nothing to learn, and no gradient reaches the boxes through it: they are
+                        learned as in all other variants.
 """
 
 import math
@@ -34,6 +39,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from config import Config
 from head import Stage, apply_deltas
@@ -43,7 +49,7 @@ Build = Callable[[Config, bool], SparseRCNN]  # the signature of `build_model`
 
 
 class StaticHead(nn.Module):
-    """Faster R-CNN's head: the same two layers for the region of every proposal; (B·N, C, R, R) -> (B·N, C)."""
+    """Faster R-CNN's head: the same two layers for every proposal; (B·N, C, R, R) -> (B·N, C)."""
 
     def __init__(self, hidden_dim: int, roi_size: int):
         super().__init__()
@@ -52,7 +58,8 @@ class StaticHead(nn.Module):
             nn.Linear(roi_size**2 * hidden_dim, 4 * hidden_dim),
             nn.ReLU(),
             nn.Linear(4 * hidden_dim, hidden_dim),
-            # As after the dynamic interaction: what the feed-forward network gets has one scale in all variants.
+            # As after the dynamic interaction, so that the feed-forward network gets features of
+            # the same scale in all variants.
             nn.LayerNorm(hidden_dim),
             nn.ReLU(),
         )
@@ -62,10 +69,12 @@ class StaticHead(nn.Module):
 
 
 class StaticStage(Stage):
-    """A stage of a cascade without feature reuse: its region and its box are all that a proposal has (Tables 3, 4).
+    """A stage of a cascade without feature reuse (Tables 3 and 4).
+
+    A proposal has only its box and the region inside it.
 
     Args:
-        config: C, K, R and the widths.
+        config: gives C, K, R and the widths.
     """
 
     def __init__(self, config: Config):
@@ -74,16 +83,16 @@ class StaticStage(Stage):
         )
         self.self_attn = self.attn_norm = self.interaction_norm = None
 
-    def object_feats(self, pro_feats: Tensor, found: Tensor) -> Tensor:
-        """pro_feats (B, N, C) of the last stage, found (B, N, C) in the regions -> (B, N, C)."""
-        return found
+    def object_feats(self, pro_feats: Tensor, region_feats: Tensor) -> Tensor:
+        """pro_feats (B, N, C) of the last stage and region_feats (B, N, C) of this -> (B, N, C)."""
+        return region_feats
 
     def forward(
         self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Stage.forward`, whose last lines these are."""
-        found = self.interaction(roi_feats).view_as(pro_feats)  # (B, N, C)
-        obj_feats = self.object_feats(pro_feats, found)
+        """As `Stage.forward`; the last lines are the same."""
+        region_feats = self.interaction(roi_feats).view_as(pro_feats)  # (B, N, C)
+        obj_feats = self.object_feats(pro_feats, region_feats)
         obj_feats = self.ffn_norm(obj_feats + self.dropout(self.ffn(obj_feats)))
         logits = self.cls_logits(self.cls_layers(obj_feats))  # (B, N, K)
         deltas = self.box_deltas(self.reg_layers(obj_feats))  # (B, N, 4)
@@ -91,35 +100,36 @@ class StaticStage(Stage):
 
 
 class ReuseStage(StaticStage):
-    """With feature reuse: the object feature of the last stage is concatenated to this one's (Table 4)."""
+    """With feature reuse: the object feature of the last stage is concatenated (Table 4)."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.fuse = nn.Linear(2 * config.hidden_dim, config.hidden_dim)
         nn.init.xavier_uniform_(self.fuse.weight)
 
-    def object_feats(self, pro_feats: Tensor, found: Tensor) -> Tensor:
-        return self.fuse(torch.cat((pro_feats, found), dim=-1))
+    def object_feats(self, pro_feats: Tensor, region_feats: Tensor) -> Tensor:
+        return self.fuse(torch.cat((pro_feats, region_feats), dim=-1))
 
 
 class AttentionStage(ReuseStage):
-    """With self-attention among the features that are reused, still without instance interaction (Table 5)."""
+    """With self-attention among the reused features, but no instance interaction (Table 5)."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         whole = Stage(**stage_options(config))
         self.self_attn, self.attn_norm = whole.self_attn, whole.attn_norm
 
-    def object_feats(self, pro_feats: Tensor, found: Tensor) -> Tensor:
+    def object_feats(self, pro_feats: Tensor, region_feats: Tensor) -> Tensor:
         attended = self.self_attn(pro_feats, pro_feats, pro_feats, need_weights=False)[0]
-        return super().object_feats(self.attn_norm(pro_feats + self.dropout(attended)), found)
+        attended = self.attn_norm(pro_feats + self.dropout(attended))
+        return super().object_feats(attended, region_feats)
 
 
 class PositionalStage(nn.Module):
     """A stage that is also told where its proposals are (Table 10).
 
     Args:
-        stage: of `build_model`. It lies in a module of its own, so that its weights do not load as a plain model's.
+        stage: of `build_model`. It is wrapped, so its weights do not load into a plain model.
     """
 
     def __init__(self, stage: Stage):
@@ -130,9 +140,8 @@ class PositionalStage(nn.Module):
         self, roi_feats: Tensor, boxes_px: Tensor, pro_feats: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Stage.forward`."""
-        return self.stage(
-            roi_feats, boxes_px, pro_feats + box_encoding(boxes_px.detach(), pro_feats.shape[-1])
-        )
+        encoding = box_encoding(boxes_px.detach(), pro_feats.shape[-1])
+        return self.stage(roi_feats, boxes_px, pro_feats + encoding)
 
 
 def box_encoding(boxes_px: Tensor, hidden_dim: int) -> Tensor:
@@ -140,57 +149,47 @@ def box_encoding(boxes_px: Tensor, hidden_dim: int) -> Tensor:
 
     Args:
         boxes_px: (…, 4) float32 xyxy pixels.
-        hidden_dim: C, a multiple of 8: sines and cosines of four numbers.
+        hidden_dim: C, a multiple of 8, for sines and cosines of four numbers.
 
     Returns:
         (…, C) float32, within −1 and 1.
     """
-    corners = boxes_px.unflatten(-1, (2, 2))  # (…, 2, 2): upper left and lower right x, y
-    cxcywh_px = torch.cat(
-        (corners.mean(-2), corners[..., 1, :] - corners[..., 0, :]), dim=-1
-    )  # (…, 4)
+    cxcywh_px = box_convert(boxes_px, "xyxy", "cxcywh")  # (…, 4)
     count = hidden_dim // 8
-    rates = 10_000 ** -(torch.arange(count, device=boxes_px.device) / count)  # radians a pixel
+    rates = 10_000 ** -(torch.arange(count, device=boxes_px.device) / count)  # radians per pixel
     angles = cxcywh_px[..., None] * rates  # (…, 4, C/8)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (…, C)
 
 
 def stage_options(config: Config) -> dict[str, float]:
-    """What every kind of stage is given of the config."""
-    names = (
-        "hidden_dim",
-        "num_classes",
-        "num_heads",
-        "ffn_dim",
-        "dropout",
-        "num_cls_layers",
-        "num_reg_layers",
-    )
-    return {name: getattr(config, name) for name in (*names, "prior_prob")}
+    """The arguments that every kind of stage takes from the config."""
+    names = """
+        hidden_dim num_classes num_heads ffn_dim dropout num_cls_layers num_reg_layers prior_prob"""
+    return {name: getattr(config, name) for name in names.split()}
 
 
 # --- proposal boxes to start from: (N, 4), cx, cy, w, h in 0–1 ---
 
 
 def centre_boxes(num_proposals: int) -> Tensor:
-    """All at the centre, a tenth of the image wide and high."""
+    """All boxes at the centre, a tenth of the image wide and high."""
     return torch.tensor([0.5, 0.5, 0.1, 0.1]).repeat(num_proposals, 1)
 
 
 def grid_boxes(num_proposals: int) -> Tensor:
-    """Side by side over the whole image; where N is no product of a grid, some rows have a cell more."""
+    """A grid over the whole image; if N does not divide evenly, some rows have one more cell."""
     rows = math.isqrt(num_proposals)
     boxes = []
     for row in range(rows):
         columns = num_proposals // rows + (row < num_proposals % rows)
-        boxes += [
-            ((i + 0.5) / columns, (row + 0.5) / rows, 1 / columns, 1 / rows) for i in range(columns)
-        ]
+        for column in range(columns):
+            centre = ((column + 0.5) / columns, (row + 0.5) / rows)
+            boxes.append((*centre, 1 / columns, 1 / rows))
     return torch.tensor(boxes)
 
 
 def random_boxes(num_proposals: int) -> Tensor:
-    """Centre and size from a normal distribution, by torch's global generator."""
+    """Centre and size from a normal distribution, drawn from torch's global generator."""
     boxes = 0.5 + 0.2 * torch.randn(num_proposals, 4)
     return boxes.clamp(min=torch.tensor([0, 0, 0.05, 0.05]), max=torch.ones(4))
 
@@ -199,14 +198,17 @@ def random_boxes(num_proposals: int) -> Tensor:
 
 
 def with_stages(make_stage: Callable[[Config, int], nn.Module]) -> Build:
-    """Builds the model with other stages, from a grid; `make_stage` gets the config and the number, 0 … S − 1."""
+    """Builds the model with other stages, starting from a grid.
+
+    `make_stage` gets the config and the number of the stage, 0 … S − 1.
+    """
 
     def build(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
         model = with_boxes(grid_boxes)(config, pretrained_backbone)
         model.head.stages = nn.ModuleList(
             make_stage(config, number) for number in range(config.num_stages)
         )
-        # Static stages have no use for them, and an optimiser should not decay what nothing trains.
+        # Static stages do not use them, and weight decay should not change what nothing trains.
         model.proposal_feats.requires_grad_(isinstance(model.head.stages[0], AttentionStage))
         return model
 
@@ -232,14 +234,14 @@ def with_positions(config: Config, pretrained_backbone: bool = True) -> SparseRC
 
 
 class Variant(NamedTuple):
-    """How a model is built, and what it changes in the common config."""
+    """How a model is built, and what it changes in the config that all variants share."""
 
     build: Build = build_model
-    num_stages: int | None = None  # S in place of the config's
-    times_proposals: int = 1  # N is so many times the config's
+    num_stages: int | None = None  # S; None is the config's
+    times_proposals: int = 1  # how many times the config's N
 
     def config(self, config: Config) -> Config:
-        """The config of this variant, from that of all."""
+        """The config of this variant, from the one that all variants share."""
         return replace(
             config,
             num_stages=self.num_stages or config.num_stages,
@@ -247,29 +249,51 @@ class Variant(NamedTuple):
         )
 
 
-_STATIC = with_stages(lambda config, number: StaticStage(config))
+def _static_stage(config: Config, number: int) -> nn.Module:
+    return StaticStage(config)
+
+
+def _reuse_stage(config: Config, number: int) -> nn.Module:
+    # The first stage has nothing to reuse.
+    return StaticStage(config) if number == 0 else ReuseStage(config)
+
+
+def _attention_stage(config: Config, number: int) -> nn.Module:
+    return AttentionStage(config)
+
+
+_build_static = with_stages(_static_stage)
+
 VARIANTS: dict[str, Variant] = {
-    "sparse": Variant(_STATIC, num_stages=1),
-    "cascade": Variant(_STATIC),
-    "reuse": Variant(
-        with_stages(lambda config, number: ReuseStage(config) if number else StaticStage(config))
-    ),
-    "attention": Variant(with_stages(lambda config, number: AttentionStage(config))),
-    "dynamic": Variant(),  # Sparse R-CNN as it is; it starts from the whole image and has no positional encoding
+    # Tables 3 to 5.
+    "sparse": Variant(_build_static, num_stages=1),
+    "cascade": Variant(_build_static),
+    "reuse": Variant(with_stages(_reuse_stage)),
+    "attention": Variant(with_stages(_attention_stage)),
+    # Sparse R-CNN as it is: it starts from the whole image and has no positional encoding.
+    "dynamic": Variant(),
+    # Table 6.
     "centre": Variant(with_boxes(centre_boxes)),
     "grid": Variant(with_boxes(grid_boxes)),
     "random": Variant(with_boxes(random_boxes)),
-    **{f"proposals-x{times}": Variant(times_proposals=times) for times in (3, 5)},
-    **{f"stages-{number}": Variant(num_stages=number) for number in (1, 2, 3, 6, 12)},
+    # Table 7.
+    "proposals-x3": Variant(times_proposals=3),
+    "proposals-x5": Variant(times_proposals=5),
+    # Table 8.
+    "stages-1": Variant(num_stages=1),
+    "stages-2": Variant(num_stages=2),
+    "stages-3": Variant(num_stages=3),
+    "stages-6": Variant(num_stages=6),
+    "stages-12": Variant(num_stages=12),
+    # Table 10.
     "positions": Variant(with_positions),
 }
 
 
 def shared_name(name: str, config: Config) -> str:
-    """The first variant that is the same model at this config: with six stages, "stages-6" is "dynamic"."""
+    """The first variant that is the same model: with six stages, "stages-6" is "dynamic"."""
     wanted = VARIANTS[name]
-    return next(
-        other
-        for other, variant in VARIANTS.items()
-        if variant.build is wanted.build and variant.config(config) == wanted.config(config)
-    )
+    for other, variant in VARIANTS.items():
+        if variant.build is wanted.build and variant.config(config) == wanted.config(config):
+            return other
+    raise AssertionError("a variant is the same as itself")

@@ -1,282 +1,284 @@
-"""experiments/benchmark.py, its command `data`, and what loading promises."""
+"""experiments/benchmark.py: its figures are of what they say, on any machine."""
 
-import gc
 import json
-import os
-import re
-import runpy
-import subprocess
-import sys
+import pickle
+import pickletools
 import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from conftest import CocoFactory
+from conftest import TINY, CocoFactory, new_training, objects
 
-import experiments.measure
-from config import Config
-from data import CocoDataset, make_dataset
-from experiments import benchmark
-from experiments.benchmark import main
-from experiments.benchmark_data import COLUMNS, PilDataset, make_pictures, measure
-from experiments.measure import format_table
+from data import CocoDataset
+from experiments import benchmark, measure
+from experiments.benchmark import FAST, Data, Growth, Inference, Matcher, TrainingSpeed
+from experiments.peers import build_peer
+from model import SparseRCNN
 from support.cli import run_main
-from support.loader import Reseeded
+from support.errors import UserError
+from support.loader import Batch
 
-SMAPS = Path("/proc/self/smaps_rollup")
-
-
-def printed_rows(text: str) -> list[list[str]]:
-    """The cells of the table's lines below its head."""
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line[:1] == "|"
-    ][2:]
+CPU = torch.device("cpu")
+SMALL = {"preset": "shapes", "device": "cpu", "height": 64, "width": 96, "repeats": 2}
 
 
-def test_what_is_printed_is_what_is_written(
-    tmp_path: Path, make_coco: CocoFactory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output, (json_file, folder) = tmp_path / "new" / "speed.jsonl", make_coco(num_images=5)
-    tiny = ["--repeats", "2", "--batch-size", "2", "--output", str(output)]
-    made = ["data", *tiny, "--images", "3", "--workers", "0", "1"]
-    own = ["data", *tiny, "--images", "2", "--workers", "0", "--train-json", str(json_file)]
-    threads = torch.get_num_threads()
-    for number, argv in enumerate((made, [*own, "--train-images", str(folder)])):
-        main(argv)
-        text = capsys.readouterr().out
-        assert len(output.read_text().splitlines()) == number + 1
-        line = json.loads(output.read_text().splitlines()[-1])
-        expected = [("ours", 0), ("PIL", 0), ("ours, loader", 0), ("ours, loader", 1)][: 4 - number]
-        assert [(row["variant"], row["workers"]) for row in line["rows"]] == expected
-        speeds = ("images_per_second", "min", "max", "per_worker")
-        for row, cells in zip(line["rows"], printed_rows(text), strict=True):
-            assert cells[:2] == [row["variant"], str(row["workers"])]
-            numbers = re.findall(r"[0-9.]+", " ".join(cells[2:]))
-            assert numbers == [f"{row[speed]:.1f}" for speed in speeds]
-            assert 0 < row["min"] <= row["images_per_second"] == row["per_worker"] <= row["max"]
-        ours, pil = (row["images_per_second"] for row in line["rows"][:2])
-        assert line["ours_over_pil"] == ours / pil and f"ours_over_pil: {ours / pil:.2f}\n" in text
-        assert line["command"] == "data" and line["repeats"] == 2 and line["images"] == 3 - number
-        size = "64×48" if number else "640×480"
-        head = text.splitlines()[0]
-        for part in (
-            line["device"],
-            f"cores {line['cores']}",
-            torch.__version__,
-            f"{size} px",
-            "480-800/1333",
-        ):
-            assert part in head
-    assert torch.get_num_threads() == threads
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
+    """The rates that the benchmarks find, instead of this machine's; a test may change them."""
+    found = {torch.float32: 100e9, torch.bfloat16: 200e9}
+    monkeypatch.setattr(measure, "product_rate", lambda device, dtype: found[dtype])
+    return found
 
 
-def test_rates_are_medians_of_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, order = [0.0], []
-    seconds = {"a": [99, 1, 8, 2], "b": [99, 4, 4, 16]}
-
-    def run(name: str, count: int) -> int:
-        order.append(name)
-        now[0] += seconds[name].pop(0)
-        return count
-
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands still unless a test moves `clock[0]`, in seconds."""
+    now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(experiments.measure, "synchronize", lambda device: order.append("sync"))
-    rows = measure({("a", 0): lambda: run("a", 8), ("b", 2): lambda: run("b", 16)}, repeats=3)
+    return now
+
+
+# --- measuring ---
+
+
+def test_variants_take_turns_after_a_warm_up(clock, monkeypatch) -> None:
+    order, seconds = [], {"a": [99, 1, 8, 2], "b": [99, 4, 5, 16]}
+
+    def run(name: str) -> None:
+        order.append(name)
+        clock[0] += seconds[name].pop(0)
+
     # The device is waited for on both sides of every run.
+    monkeypatch.setattr(measure, "synchronize", lambda device: order.append("sync"))
+    found = measure.take_turns({name: lambda name=name: run(name) for name in "ab"}, repeats=3)
     assert order == ["sync", "a", "sync", "sync", "b", "sync"] * 4
-    assert printed_rows(format_table(rows, COLUMNS)) == [
-        ["a", "0", "4.0", "1.0 – 8.0", "4.0"],
-        ["b", "2", "4.0", "1.0 – 4.0", "2.0"],
-    ]
+    assert found == {"a": [1, 8, 2], "b": [4, 5, 16]}
+    assert measure.times_ms(found["a"]) == {"median_ms": 2000, "min_ms": 1000, "max_ms": 8000}
 
 
-def test_ours_and_pil_do_the_same_work(tmp_path: Path) -> None:
-    json_file, folder = make_pictures(tmp_path, 3, seed=1)
-    dataset = make_dataset(Config(train_json=json_file, train_images=folder), "train")
-    ours, pil = Reseeded(dataset), Reseeded(PilDataset(dataset))
-    flips, shapes = set(), set()
-    for seed in range(9):
-        image, target = ours[seed % 3, seed]
-        picture, other = pil[seed % 3, seed]
-        assert image.shape == picture.shape and image.dtype == picture.dtype == torch.uint8
-        difference = (image.short() - picture.short()).abs()
-        assert difference.max() <= 1 and difference.float().mean() < 0.1
-        assert torch.equal(target["boxes"], other["boxes"]) and len(target["boxes"]) > 0
-        assert (
-            torch.equal(target["labels"], other["labels"])
-            and target["image_id"] == other["image_id"]
-        )
-        shapes.add(image.shape)
-        flips.add(
-            bool(
-                (
-                    target["boxes"][0, 0]
-                    - dataset.target(seed % 3)["boxes"][0, 0] * image.shape[2] / 640
-                ).abs()
-                > 1
-            )
-        )
-    assert flips == {False, True} and len(shapes) > 2  # otherwise the seeds show nothing
+@pytest.mark.parametrize("rate", [0.3e9, 2e11, 9e14])  # slow bfloat16, two cores, a GPU
+def test_the_product_is_as_large_as_the_machine_allows(rate, clock, monkeypatch) -> None:
+    taken = []
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        taken.append(2 * a.shape[0] * a.shape[1] * b.shape[1] / rate)
+        clock[0] += taken[-1]
+
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: torch.empty(shape, device="meta"))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    assert measure.product_rate(CPU, torch.bfloat16) == pytest.approx(rate)
+    assert sum(taken) < 1.2 and (taken[-1] > 0.05 or rate == 9e14)
 
 
-def test_pictures_are_repeatable_and_as_large_as_photographs(tmp_path: Path) -> None:
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        (tmp_path / name).mkdir()
-        make_pictures(tmp_path / name, 2, seed)
-    for file in ("1.jpg", "2.jpg", "labels.json"):
-        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
-        assert a == b != c
-    assert all(60_000 < path.stat().st_size < 160_000 for path in tmp_path.glob("?/*.jpg"))
+def test_precisions_are_slow_by_measurement(rates) -> None:
+    assert benchmark.product_rates(["off", "bf16"], CPU) == ({"off": 100, "bf16": 200}, [])
+    rates[torch.bfloat16] = 54e9
+    found, [note] = benchmark.product_rates(["off", "bf16"], CPU)
+    assert found == {"off": 100, "bf16": 54}
+    assert "--amp bf16 gains nothing here" in note and "54.0 against 100.0 GFLOP/s" in note
+    rates[torch.bfloat16] = 0.3e9
+    found, [note] = benchmark.product_rates(["bf16", "off"], CPU)
+    assert found == {"off": 100} and "--amp bf16 is left out" in note
+    with pytest.raises(UserError, match="nothing is left to measure; --amp bf16 is left out"):
+        TrainingSpeed(**SMALL, amp=("bf16",)).run()
+
+
+def test_operations_equal_the_formulas() -> None:
+    B, N, K, C = 2, TINY.num_proposals, TINY.num_classes, TINY.hidden_dim
+    D, R, F = TINY.dynamic_dim, TINY.roi_size, TINY.ffn_dim
+    # Multiply-adds per proposal: four projections, the scores of all pairs and their weighted sums.
+    attention = 4 * C * C + 2 * N * C
+    interaction = 2 * C * C * D + 2 * R * R * C * D + R * R * C * C
+    layers = (TINY.num_cls_layers + TINY.num_reg_layers) * C * C + C * (K + 4)
+    stage = attention + interaction + 2 * C * F + layers
+    model = benchmark.random_model(TINY).for_inference()
+    with torch.inference_mode():
+        head = benchmark.parts_of(model, [torch.rand(3, 64, 96)] * B)["head"]
+        assert measure.count_flops(head) == 2 * B * N * TINY.num_stages * stage
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+# --- inference and growth ---
+
+
+def test_inference_measures_what_its_rows_say(rates, monkeypatch) -> None:
+    seen, forward = [], benchmark.DynamicHead.forward
+
+    def head(self, levels, *inputs):
+        seen.append(levels[0].dtype)
+        return forward(self, levels, *inputs)
+
+    monkeypatch.setattr(benchmark.DynamicHead, "forward", head)
+    rows = Inference(**SMALL, batch_size=2, amp=("bf16",), peers=()).run()[0]
+    assert seen[-9:] == [torch.bfloat16] * 9  # three turns of three rows
+
+    found = {(row["variant"], row["part"]): row for row in rows}
+    assert list(found) == [("ours", "all"), *((FAST, part) for part in ("all", "backbone", "head"))]
+    for row in rows:
+        assert row["of_rate"] == pytest.approx(2 * row["gflop"] / row["median_ms"] * 1000 / 200)
+    whole = found[FAST, "all"]
+    parts = found[FAST, "backbone"]["gflop"] + found[FAST, "head"]["gflop"]
+    assert whole["gflop"] == found["ours", "all"]["gflop"] == pytest.approx(parts)
+
+
+def test_peers_do_not_resize() -> None:
+    with torch.device("meta"):
+        transform = build_peer("retinanet", height=100, width=130).transform
+    batch, _ = transform([torch.rand(3, 100, 130)])
+    assert batch.image_sizes == [(100, 130)] and batch.tensors.shape[2:] == (128, 160)
+
+
+def test_a_cascade_of_equal_heads_that_move_nothing_is_faster_rcnn() -> None:
+    cascade, single = build_peer("cascade-rcnn", 64, 96), build_peer("faster-rcnn", 64, 96)
+    heads, predictor = cascade.roi_heads, single.roi_heads.box_predictor
+    predictor.cls_score.weight *= 100  # scores above the threshold
+    cascade.backbone.load_state_dict(single.backbone.state_dict())
+    cascade.rpn.load_state_dict(single.rpn.state_dict())
+    for i in range(3):
+        heads.box_heads[i].load_state_dict(single.roi_heads.box_head.state_dict())
+        heads.cls_scores[i].load_state_dict(predictor.cls_score.state_dict())
+    for layer in (predictor.bbox_pred, *heads.bbox_preds):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    images = list(torch.rand(2, 3, 64, 96))
+    for found, expected in zip(cascade(images), single(images), strict=True):
+        assert len(expected["scores"]) > 10
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+
+    # Each head works on the boxes that the one before has moved: here by their width.
+    heads.bbox_preds[0].bias[0] = 10.0
+    seen = []
+    heads.pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1][0]))
+    cascade(images)
+    x1, y1, x2, y2 = seen[0].unbind(1)
+    moved = torch.stack((x2, y1, 2 * x2 - x1, y2), dim=1).clamp(max=96)
+    torch.testing.assert_close(seen[1:], [moved, moved])
+
+
+def test_growth_runs_the_sizes_of_its_rows(monkeypatch) -> None:
+    called, forward = [], SparseRCNN.forward
+
+    def seen(model: SparseRCNN, images: list[torch.Tensor]) -> list:
+        called.append((len(model.proposal_boxes), len(model.head.stages), *images[0].shape[1:]))
+        return forward(model, images)
+
+    monkeypatch.setattr(SparseRCNN, "forward", seen)
+    rows = Growth(**SMALL).run()[0]
+    sizes = [(row["proposals"], row["stages"], *map(int, row["size"].split("×"))) for row in rows]
+    assert called == 3 * sizes and len(set(sizes)) == 10
+    assert rows[1]["ratio"] == rows[1]["median_ms"] / rows[0]["median_ms"]
+
+
+# --- matcher, training, data ---
+
+
+def test_matcher_counts_pairs() -> None:
+    rows = Matcher("shapes", "cpu", batch_size=2, repeats=1, objects=(0, 3, 50)).run()[0]
+    S, B, N = 3, 2, 20
+    assert [row["pairs"] for row in rows] == [0, S * B * 3, S * B * N]
+    assert all(row["each_ms"] == row["median_ms"] / (S * B) for row in rows)
+
+
+def test_each_part_of_a_step_has_its_own_time(clock, monkeypatch) -> None:
+    takes = {"forward": 7.0, "matching": 5.0, "backward": 11.0, "optimiser": 3.0}
+
+    def slow(part: str, function):
+        def run(*args, **kwargs):
+            clock[0] += takes[part]
+            return function(*args, **kwargs)
+
+        return run
+
+    training = new_training(replace(TINY, micro_batch=2))
+    model, optimizer = training.model, training.optimizer
+    model.head.forward = slow("forward", model.head.forward)
+    model.criterion.matcher.forward = slow("matching", model.criterion.matcher.forward)
+    monkeypatch.setattr(torch.Tensor, "backward", slow("backward", torch.Tensor.backward))
+    optimizer._init_group = slow("optimiser", optimizer._init_group)  # step() calls it once
+    targets = [objects(3, TINY.num_classes, 96, 64, seed) for seed in range(4)]
+    batch = Batch(list(torch.rand(4, 3, 64, 96)), targets, num_objects=12)
+    twice = {part: 2 * seconds for part, seconds in takes.items()}
+    for _ in range(2):  # the second time, the hooks of the first are gone
+        assert benchmark.step_in_parts(training, batch) == {**twice, "optimiser": 3.0}
+
+
+def test_training_measures_steps_of_the_recipe(rates, monkeypatch) -> None:
+    steps, step = [], benchmark.train_step
+
+    def seen(training, batch):
+        steps.append((training.config.amp, len(batch.images), training.config.micro_batch))
+        return step(training, batch)
+
+    monkeypatch.setattr(benchmark, "train_step", seen)
+    rows = TrainingSpeed(**SMALL, batch_size=3, micro_batch=2).run()[0]
+    assert steps == ([("off", 3, 2)] * 2 + [("bf16", 3, 2)] * 2) * 3  # whole, then in parts
+    for amp in ("off", "bf16"):
+        whole, *parts = [row for row in rows if row["amp"] == amp]
+        assert whole["images_per_second"] == pytest.approx(3000 / whole["median_ms"])
+        assert sum(row["share"] for row in parts) == pytest.approx(1)
+
+
+def test_data_counts_images(make_coco: CocoFactory, clock, monkeypatch) -> None:
+    load, loaded = CocoDataset.__getitem__, []
+
+    def slow(dataset: CocoDataset, index: int) -> tuple:
+        clock[0] += 0.5
+        loaded.append(index)
+        return load(dataset, index)
+
+    monkeypatch.setattr(CocoDataset, "__getitem__", slow)
+    files = dict(
+        zip(("train_json", "train_images"), map(str, make_coco(num_images=5)), strict=True)
+    )
+    for settings in ({"images": 3}, {"images": 3, **files}):
+        [row] = Data(**settings, workers=(0,), repeats=1).run()[0]
+        assert row["images_per_second"] == 2
+    assert loaded == [0, 1, 2] * 4
+
+
+def test_annotations_are_arrays_that_a_forked_worker_does_not_copy(make_coco: CocoFactory) -> None:
+    # Reading a Python object changes its reference count, and so copies its page of memory.
+    json_file, folder = make_coco()
+    coco = json.loads(json_file.read_text())
+    counts = []
+    for copies in (1, 50):
+        more = [{**a, "id": i} for i, a in enumerate(copies * coco["annotations"])]
+        json_file.write_text(json.dumps({**coco, "annotations": more}))
+        dataset = CocoDataset(json_file, folder)
+        assert dataset.objects_per_image.sum() == len(more)
+        counts.append(sum(1 for _ in pickletools.genops(pickle.dumps(dataset))))
+    assert counts[0] == counts[1]
+
+
+# --- the command line ---
+
+
+def test_it_prints_a_table_and_its_conditions(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["data", "--images", "2", "--workers", "0", "1", "--repeats", "1"])
+    head, _, *table = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in head and "images 2" in head
+    assert [line.split("|")[1].strip() for line in table[2:4]] == ["0", "1"]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no command given; commands: data, inference"),
-        (["speed"], "no such command as speed; commands: data, inference"),
-        (["--images", "3"], "no such command as --images"),
-        (["data", "--repeats", "0"], "--repeats"),
-        (["data", "--workers", "1", "-1"], "--workers"),
+        ([], "inference, training"),
+        (["data", "--repeats", "0"], "--repeats 0: should be at least 1"),
         (["data", "--train-json", "x.json"], "--train-images is missing"),
-        (["data", "--train-json", "x.json", "--train-images", "x"], "x.json: cannot be read"),
-        (["data", "--imags", "3"], "--imags"),
-        (["data", "--images", "three"], "three"),
+        (["inference", "--height", "31"], "--height 31"),
+        (["inference", "--amp"], "--amp needs at least one value"),
+        (["training", "--micro-batch", "3"], "micro_batch=3"),
+        (["matcher", "--objects", "7", "-1"], "--objects -1"),
+        (["growth", "--device", "gpu"], "--device gpu"),
     ],
 )
-def test_mistakes_exit_with_2(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_refused(argv, message, capsys)
-
-
-def check_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command line says what is wrong, on standard error, and exits with 2."""
+def test_mistakes_exit_with_2(argv: list[str], message: str, capsys) -> None:
     try:
-        status = run_main(lambda: main(argv), "experiments.benchmark")
-    except SystemExit as stop:  # tyro has printed it
+        status = run_main(lambda: benchmark.main(argv), "experiments.benchmark")
+    except SystemExit as stop:  # tyro has printed the message
         status = stop.code
     printed = capsys.readouterr()
-    assert (
-        status == 2
-        and message in printed.err
-        and "Traceback" not in printed.err
-        and printed.out == ""
-    )
-
-
-def test_the_module_exits_with_2_and_explains_itself(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delitem(sys.modules, "experiments.benchmark")  # as `python -m` finds it
-    for words, status in (([], 2), (["--help"], 0)):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_module("experiments.benchmark", run_name="__main__")
-        printed = capsys.readouterr()
-        assert stop.value.code == status
-        if words:
-            assert benchmark.__doc__ in printed.out and printed.err == ""
-        else:
-            assert printed.out == "" and printed.err.count("\n") == 1
-            assert printed.err.startswith("experiments.benchmark: no command given")
-
-
-def test_a_command_loads_only_what_it_needs() -> None:
-    code = """
-import sys
-from experiments.benchmark import main
-try:
-    main(["data", "--help"])
-except SystemExit:
-    print(*sorted(name for name in sys.modules if name.startswith("tools.")))
-"""
-    root = Path(benchmark.__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
-    )
-    assert (
-        run.stdout.splitlines()[-1]
-        == "experiments.benchmark experiments.benchmark_data experiments.measure"
-    )
-
-
-# --- memory of loading processes ---
-
-
-def growth_in_a_fork(read: Callable[[], None]) -> int:
-    """Bytes by which a forked child's private memory grows while it calls `read`."""
-
-    def private() -> int:
-        found = re.findall(r"^Private_(?:Dirty|Clean): +(\d+) kB", SMAPS.read_text(), re.MULTILINE)
-        assert len(found) == 2
-        return 1024 * sum(map(int, found))
-
-    private()  # what the first call imports and compiles is the parent's
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:  # whatever happens, the child never returns into pytest
-            before = private()
-            read()
-            os.write(writer, str(private() - before).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        grown = file.read()
-    os.waitpid(child, 0)
-    return int(grown)  # fails where the child wrote nothing
-
-
-@pytest.mark.skipif(not SMAPS.exists(), reason="the kernel does not tell private memory")
-def test_a_worker_does_not_copy_the_annotations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng(0)
-    num_images, num_boxes = 20_000, 150_000
-    owners, boxes = (
-        rng.integers(num_images, size=num_boxes).tolist(),
-        rng.uniform(1, 200, (num_boxes, 4)).tolist(),
-    )
-    images = [
-        {"id": i, "file_name": f"{i:012d}.jpg", "width": 640, "height": 480}
-        for i in range(num_images)
-    ]
-    annotations = [
-        {"id": i, "image_id": owner, "category_id": 1, "bbox": box}
-        for i, (owner, box) in enumerate(zip(owners, boxes, strict=True))
-    ]
-    coco = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "object"}],
-    }
-    (tmp_path / "labels.json").write_text(json.dumps(coco))
-    monkeypatch.setattr(os.path, "isfile", lambda path: True)
-    dataset = CocoDataset(tmp_path / "labels.json", tmp_path)
-    assert len(dataset) == num_images and dataset.objects_per_image.sum() == num_boxes
-    rows = rng.permutation(num_images)[:2000].tolist()
-    of_image: dict[int, list[dict]] = {}
-    for annotation in annotations:
-        of_image.setdefault(annotation["image_id"], []).append(annotation)
-    del images, annotations, coco, owners, boxes
-
-    def read_targets() -> None:
-        for row in rows:
-            dataset.target(row)
-
-    def read_dicts() -> None:
-        for row in rows:
-            [list(annotation["bbox"]) for annotation in of_image.get(row, [])]
-
-    # A collection would touch every object of this process. The dicts show that the measurement can tell.
-    gc.disable()
-    try:
-        assert growth_in_a_fork(read_targets) <= 10_000_000 < growth_in_a_fork(read_dicts)
-    finally:
-        gc.enable()
+    assert status == 2 and message in printed.err and printed.out == ""
