@@ -1,20 +1,24 @@
-"""The embedded Shapes data set: pictures of coloured shapes with boxes and labels, drawn when they are asked for.
+"""Shapes: a data set of images with coloured shapes, boxes and labels, drawn on demand.
 
-No files and no network: `make demo` and the tests run on it. In goes (level, split,
-length); out come (image, target) pairs and COCO-format ground truth, by the same interface as `data.CocoDataset`.
+It needs no files and no network. `make demo` and the tests run on it. It has the interface of
+`data.CocoDataset`: a level, a split and a length in; pairs (image, target) and ground truth in
+COCO's format out.
 
-    demo      1-5 objects of 3 classes, sides 12-50 % of the picture (uniform), boxes overlap up to an IoU of 0.1,
-              on a smooth background of low contrast (standard deviation at most 30 of 255 within a picture)
-    crowded   1-8 objects of 6 classes, sides 10-50 % (log-uniform), boxes overlap up to an IoU of 0.4,
-              on a marbled background as contrasty as the objects
+    demo      1–5 objects of 3 classes per image. Their sides are 12–50 % of the image's
+              (uniform), and boxes overlap up to an IoU of 0.1. The background is smooth and of low
+              contrast: its standard deviation is at most 30 of 255 per image.
+    crowded   1–8 objects of 6 classes per image. Their sides are 10–50 % of the image's
+              (log-uniform), and boxes overlap up to an IoU of 0.4. The background is marbled, with
+              as much contrast as the objects.
 
-Shapes: M objects in a picture, K classes; pictures are (3, 96, 96), H = W = 96.
+Every image depends on (level, split, index) alone. Each has its own random generator, so the order
+of access, the process, the length and global seeds do not matter. The two splits have different
+seeds and share no image. NumPy may change its random streams between versions, so compare numbers
+only if they come from one version.
 
-Determinism: a picture is a function of (level, split, index) alone. Each draws from a random generator of its own, so
-neither order, process, length nor anybody's global seed matters; the two splits have different seeds, so they share no
-picture. (NumPy may change its random streams between versions: compare figures made with one version.)
+Boxes are amodal: they enclose the whole object even if another one covers a part of it.
 
-Boxes are amodal: they enclose the whole object, also where another one covers a part of it.
+Shapes: M objects of an image, K classes. Images are (3, H, W) with H = W = 96.
 """
 
 import contextlib
@@ -31,75 +35,131 @@ from torchvision import tv_tensors
 
 from support.errors import UserError
 
-SIZE_PX = 96  # height and width of every picture
-# Colours closer than this are too hard to tell apart (Euclidean, channels 0-255). The balls of this radius around all
-# the colours that an object must avoid, at most 10, have less volume than the RGB cube: there always is another.
+SIZE_PX = 96  # height and width of every image
+
+# Two colours closer than this are too hard to tell apart (Euclidean distance, channels 0–255). An
+# object must avoid at most 10 colours. The balls of this radius around them have less volume than
+# the RGB cube, so there always is another colour.
 MIN_COLOUR_DISTANCE = 70.0
-MAX_SIDE = 0.5  # longest side of an object, as a share of the picture's
-MAX_HIDDEN = 0.75  # share of a box that smaller ones may cover together, lest its object disappear under them
-SHADING = 22.0  # of 255: how much an object brightens to its upper left corner and darkens to its lower right one
-SUPERSAMPLE = 3  # points a pixel and axis: anti-aliased edges
-TRIES, RESTARTS = (
-    50,
-    20,
-)  # positions for one object; times that all objects of a picture are placed anew
+SHADING = 22.0  # of 255: how much brighter an object is at its upper left than at its lower right
+
+MAX_SIDE = 0.5  # longest side of an object, as a share of the image's
+MAX_HIDDEN = 0.75  # share of a box that smaller ones may cover together; the object stays visible
+TRIES = 50  # positions to try for one object
+RESTARTS = 20  # times to place all objects of an image again, before their sizes are drawn again
+SUPERSAMPLE = 3  # points per pixel and axis, for anti-aliased edges
+
 SEEDS = {("demo", "train"): 1, ("demo", "val"): 2, ("crowded", "train"): 3, ("crowded", "val"): 4}
 
-# A shape is where f(u, v) <= 0; u runs right and v down, and the box is [-1, 1] x [-1, 1]. Every shape touches all four
-# sides. The tips of triangle and diamond are cut by 6 %: a sharper one would vanish between the pixels, and its box
-# would not be tight any more.
+
+# --- the shapes ---
+
+# A shape is where its function of (u, v) is at most 0. u points right, v down, and the object's box
+# is [-1, 1] x [-1, 1]. Every shape touches all four sides of its box.
+
+
+def rectangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(u), abs(v)) - 1
+
+
+def ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return u * u + v * v - 1
+
+
+def triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # The tip is cut off by 6 %, as are the diamond's. A sharper tip would vanish between the
+    # pixels, and the box would no longer be tight.
+    return np.maximum(abs(u) - 0.53 - 0.47 * v, abs(v) - 1)
+
+
+def diamond(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(u) + abs(v) - 1.06, rectangle(u, v))
+
+
+def cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.minimum(abs(u), abs(v)) - 0.35, rectangle(u, v))
+
+
+def ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return abs(np.sqrt(u * u + v * v) - 0.77) - 0.23
+
+
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "ellipse": lambda u, v: u * u + v * v - 1,
-    "rectangle": lambda u, v: np.maximum(abs(u), abs(v)) - 1,
-    "triangle": lambda u, v: np.maximum(abs(u) - 0.53 - 0.47 * v, abs(v) - 1),
-    "diamond": lambda u, v: np.maximum(abs(u) + abs(v) - 1.06, np.maximum(abs(u), abs(v)) - 1),
-    "cross": lambda u, v: np.maximum(
-        np.minimum(abs(u), abs(v)) - 0.35, np.maximum(abs(u), abs(v)) - 1
-    ),
-    "ring": lambda u, v: abs(np.sqrt(u * u + v * v) - 0.77) - 0.23,
+    "ellipse": ellipse,
+    "rectangle": rectangle,
+    "triangle": triangle,
+    "diamond": diamond,
+    "cross": cross,
+    "ring": ring,
 }
 
 
 @dataclass(frozen=True)
 class Level:
-    """What the pictures of a level have in common."""
+    """What the images of a level have in common."""
 
     class_names: tuple[str, ...]
     max_objects: int
-    min_side: float  # as MAX_SIDE
-    log_uniform: bool  # sides: uniform in their logarithm, or in themselves
-    max_iou: float  # between any two boxes of a picture
-    waves: int  # cosines an axis that the background is made of
-    marbled: bool  # background: veins of two colours far apart, or clouds of one
+    min_side: float  # shortest side of an object, as a share of the image's
+    log_uniform: bool  # whether sides are uniform in their logarithm, or in themselves
+    max_iou: float  # between any two boxes of an image
+    waves: int  # cosines per axis that make up the background
+    marbled: bool  # whether the background has veins of two distant colours, or clouds of one
 
 
 LEVELS = {
     "demo": Level(
-        ("ellipse", "rectangle", "triangle"), 5, 0.12, False, 0.1, waves=4, marbled=False
+        class_names=("ellipse", "rectangle", "triangle"),
+        max_objects=5,
+        min_side=0.12,
+        log_uniform=False,
+        max_iou=0.1,
+        waves=4,
+        marbled=False,
     ),
-    "crowded": Level(tuple(SHAPES), 8, 0.10, True, 0.4, waves=6, marbled=True),
+    "crowded": Level(
+        class_names=tuple(SHAPES),
+        max_objects=8,
+        min_side=0.10,
+        log_uniform=True,
+        max_iou=0.4,
+        waves=6,
+        marbled=True,
+    ),
 }
 
 
+# --- where objects are ---
+
+
 def draw_count(rng: np.random.Generator, level: Level) -> int:
-    """The number of objects M: a picture's first draw, so that it is known without all the others."""
+    """The number of objects M. It is an image's first draw, so it is known without the others."""
     return int(rng.integers(1, level.max_objects + 1))
 
 
 def draw_layout(rng: np.random.Generator, level: Level) -> tuple[np.ndarray, np.ndarray]:
-    """What is where: boxes (M, 4) float32, xyxy pixels, and labels (M,) int64 from 0.
+    """Draws which objects an image has, and where.
 
-    The largest come first: they are the hardest to place, and painted first they do not hide the small ones. All sizes
-    are drawn before any position, and a picture that does not fit gets new positions before it gets new sizes:
-    rejecting object by object would leave fewer large ones than the level promises.
+    The largest objects come first: they are the hardest to place, and since they are painted first
+    they do not hide the small ones. All sizes are drawn before any position, and objects that do
+    not fit get new positions several times before they get new sizes. Rejecting one object at a
+    time would leave fewer large ones than the level promises.
+
+    Returns:
+        Boxes (M, 4) float32 xyxy in pixels, and labels (M,) int64 from 0.
     """
     count = draw_count(rng, level)
     labels = rng.integers(0, len(level.class_names), count)
+    low_px = SIZE_PX * level.min_side
+    high_px = SIZE_PX * MAX_SIDE
     while True:
-        low, high = SIZE_PX * level.min_side, SIZE_PX * MAX_SIDE
         share = rng.random((count, 2))
-        whs_px = low * (high / low) ** share if level.log_uniform else low + (high - low) * share
+        if level.log_uniform:
+            whs_px = low_px * (high_px / low_px) ** share
+        else:
+            whs_px = low_px + (high_px - low_px) * share
         whs_px = whs_px[np.argsort(-whs_px.prod(axis=1))]
+
         for _ in range(RESTARTS):
             boxes_px = place(rng, whs_px, level.max_iou)
             if boxes_px is not None:
@@ -109,61 +169,81 @@ def draw_layout(rng: np.random.Generator, level: Level) -> tuple[np.ndarray, np.
 def place(
     rng: np.random.Generator, whs_px: np.ndarray, max_iou: float
 ) -> list[tuple[float, ...]] | None:
-    """Boxes of the given sizes (M, 2), anywhere they fit, as M xyxy tuples in pixels; None if one found no place."""
+    """Boxes of the given sizes (M, 2), at random places where they fit.
+
+    Returns:
+        M xyxy tuples in pixels, or None if one of them found no place.
+    """
+    # Plain Python is several times faster than arrays on so few boxes at a time.
     placed: list[tuple[float, ...]] = []
     areas: list[float] = []
     spare: list[float] = []  # how much more of each box may be covered, in square pixels
     for w, h in whs_px.tolist():
-        # Plain Python: on so few boxes at a time it is several times faster than arrays.
         for x, y in (rng.random((TRIES, 2)) * (SIZE_PX - w, SIZE_PX - h)).tolist():
             box = (x, y, x + w, y + h)
             shared = [overlap(box, other) for other in placed]
-            checks = zip(shared, areas, spare, strict=True)
-            if all(o <= max_iou * (w * h + area - o) and o <= room for o, area, room in checks):
+            # IoU = shared / union <= max_iou, without the division.
+            fits = all(
+                overlap_px <= max_iou * (w * h + area - overlap_px) and overlap_px <= room
+                for overlap_px, area, room in zip(shared, areas, spare, strict=True)
+            )
+            if fits:
                 break
         else:
             return None
         placed.append(box)
         areas.append(w * h)
-        spare = [room - o for room, o in zip(spare, shared, strict=True)] + [MAX_HIDDEN * w * h]
+        spare = [room - covered for room, covered in zip(spare, shared, strict=True)]
+        spare.append(MAX_HIDDEN * w * h)
     return placed
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """The area that two xyxy boxes share."""
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
     return w * h if w > 0 and h > 0 else 0.0
 
 
+# --- what they look like ---
+
+
 def draw_background(rng: np.random.Generator, level: Level) -> tuple[np.ndarray, np.ndarray]:
-    """A texture (3, H, W) float32 of 0-255, and three of its colours (3, 3): its mean and those to both sides."""
+    """Draws a texture.
+
+    Returns:
+        The texture (3, H, W) float32, 0–255, and three of its colours (3, 3): its mean, and one on
+        either side of it.
+    """
     waves = np.arange(level.waves)
-    # Cosines are orthogonal over the pixels and scaled to unit power here, so the coefficients' norm is the field's
-    # standard deviation: exactly 1. Without the constant wave its mean is 0.
+    # Cosines are orthogonal over the pixels and scaled to unit power here, so the norm of the
+    # coefficients is the standard deviation of the field: exactly 1. Without the constant wave its
+    # mean is 0.
     cosines = np.cos(np.pi * waves[:, None] * (np.arange(SIZE_PX) + 0.5) / SIZE_PX)  # (waves, W)
     cosines[1:] *= 2**0.5
     coefficients = rng.standard_normal((level.waves, level.waves)) / (1 + waves[:, None] + waves)
     coefficients[0, 0] = 0
-    field = (cosines.T @ (coefficients / np.linalg.norm(coefficients)) @ cosines).astype(
-        np.float32
-    )  # (H, W)
+    coefficients /= np.linalg.norm(coefficients)
+    field = (cosines.T @ coefficients @ cosines).astype(np.float32)  # (H, W)
+
     if level.marbled:
         field = np.tanh(4 * np.sin(3 * field))  # veins with soft edges, within -1 … 1
         ends = rng.uniform(0, 255, (2, 3))
-        while (
-            np.linalg.norm(ends[1] - ends[0]) < 240
-        ):  # makes it as contrasty as the objects; a test measures it
+        # Colours this far apart give as much contrast as the objects have; a test measures it.
+        while np.linalg.norm(ends[1] - ends[0]) < 240:
             ends = rng.uniform(0, 255, (2, 3))
-        centre, deviation = ends.mean(axis=0), (ends[1] - ends[0]) / 2
+        centre = ends.mean(axis=0)
+        deviation = (ends[1] - ends[0]) / 2
     else:
         centre = rng.uniform(60, 195) + rng.uniform(-18, 18, 3)  # a grey with a tint
         deviation = rng.uniform(6, 14) + rng.uniform(-6, 6, 3)
+
     texture = (centre[:, None, None] + deviation[:, None, None] * field).astype(np.float32)
     return texture, centre + np.array([[field.mean()], [-1], [1]]) * deviation
 
 
 def draw_colours(rng: np.random.Generator, count: int, avoid: np.ndarray) -> np.ndarray:
-    """`count` RGB colours (M, 3) of 0-255, each far enough from the colours `avoid` (·, 3) and from one another."""
+    """RGB colours (count, 3), 0–255, far enough from those to avoid (·, 3) and from one another."""
     taken = avoid
     while len(taken) < len(avoid) + count:
         colour = rng.uniform(0, 255, 3)
@@ -173,44 +253,57 @@ def draw_colours(rng: np.random.Generator, count: int, avoid: np.ndarray) -> np.
 
 
 def paint(canvas: np.ndarray, box_px: np.ndarray, name: str, colour: np.ndarray) -> None:
-    """Paints the shape `name` over `canvas` (3, H, W) float32, in place; box (4,) xyxy pixels, colour (3,) of 0-255."""
+    """Paints one object over what is there.
+
+    Args:
+        canvas: (3, H, W) float32, 0–255, changed in place.
+        box_px: (4,) xyxy.
+        name: of a shape in `SHAPES`.
+        colour: (3,) RGB, 0–255.
+    """
     x1, y1, x2, y2 = box_px.tolist()
-    left, top, right, bottom = (
-        int(x1),
-        int(y1),
-        int(np.ceil(x2)),
-        int(np.ceil(y2)),
-    )  # the only pixels it can touch
+    # The only pixels that the object can touch.
+    left, right = int(x1), int(np.ceil(x2))
+    top, bottom = int(y1), int(np.ceil(y2))
+
     offsets = (np.arange(SUPERSAMPLE * SIZE_PX, dtype=np.float32) + 0.5) / SUPERSAMPLE
     u = (2 * (left + offsets[: SUPERSAMPLE * (right - left)]) - x1 - x2) / (x2 - x1)
     v = (2 * (top + offsets[: SUPERSAMPLE * (bottom - top)]) - y1 - y2) / (y2 - y1)
     inside = SHAPES[name](u[None, :], v[:, None]) <= 0
-    cells = inside.reshape(bottom - top, SUPERSAMPLE, right - left, SUPERSAMPLE)
-    coverage = cells.mean(axis=(1, 3), dtype=np.float32)  # (h, w) shares of each pixel
-    middle = SUPERSAMPLE // 2
+    points = inside.reshape(bottom - top, SUPERSAMPLE, right - left, SUPERSAMPLE)
+    coverage = points.mean(axis=(1, 3), dtype=np.float32)  # (h, w) share of each pixel
+
+    middle = SUPERSAMPLE // 2  # the point at the centre of a pixel
     light = -SHADING / 2 * (u[None, middle::SUPERSAMPLE] + v[middle::SUPERSAMPLE, None])
     region = canvas[:, top:bottom, left:right]
     region += coverage * (colour[:, None, None] + light - region)
 
 
+# --- the data set ---
+
+
 class ShapesDataset(torch.utils.data.Dataset):
-    """Pictures of one level and split; see the module's docstring.
+    """The images of one level and split; see the top of this file.
 
     Args:
         level: "demo" or "crowded".
-        split: "train" or "val"; they share no picture.
-        length: the number of pictures, at least 1. A shorter data set is the beginning of a longer one.
-        transforms: a torchvision.transforms.v2 callable on (image, target), or None.
+        split: "train" or "val". They share no image.
+        length: the number of images, at least 1. A shorter data set is the beginning of a longer
+            one.
+        transforms: a callable on (image, target), or None.
 
     Attributes:
-        class_names: K names, in the labels' order.
+        class_names: K names, in the order of the labels.
         category_ids: K ids for COCO files, 1 … K.
         image_ids: `len(self)` ids, equal to the indices.
-        sizes_hw: (len, 2) int64, height and width of each picture in pixels.
+        sizes_hw: (len, 2) int64, height and width of each image in pixels.
+        notes: empty, as there are no files to say anything about.
 
     Raises:
-        UserError: a level, split or length that there is not.
+        UserError: there is no such level, split or length.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -227,7 +320,9 @@ class ShapesDataset(torch.utils.data.Dataset):
             raise UserError(f"shapes: there is no split {split!r}; choose one of train, val")
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise UserError(f"shapes: length={length!r} should be a whole number, 1 or more")
-        self.level, self.seed, self.transforms = LEVELS[level], SEEDS[level, split], transforms
+        self.level = LEVELS[level]
+        self.seed = SEEDS[level, split]
+        self.transforms = transforms
         self.class_names = self.level.class_names
         self.category_ids = tuple(range(1, len(self.class_names) + 1))
         self.image_ids = list(range(length))
@@ -237,69 +332,82 @@ class ShapesDataset(torch.utils.data.Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
-        """One picture: uint8 (3, H, W), and its target, both after `transforms`.
+        """One image (3, H, W) uint8 and its target, both after `transforms`.
 
-        The target holds "boxes" (M, 4) float32 xyxy pixels, "labels" (M,) int64 from 0, "image_id", and "size_hw",
-        (height, width) before transforms.
+        The target holds "boxes" (M, 4) float32 xyxy in pixels, "labels" (M,) int64 from 0,
+        "image_id", and "size_hw", the (height, width) before transforms.
 
         Raises:
-            IndexError: no such picture.
+            IndexError: there is no such image.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of a data set of {len(self)}")
+            raise IndexError(f"image {index} of a data set of {len(self)}")
         rng = self._rng(index)
         boxes_px, labels = draw_layout(rng, self.level)
         canvas, avoid = draw_background(rng, self.level)
         colours = draw_colours(rng, len(labels), avoid)
         for box_px, label, colour in zip(boxes_px, labels, colours, strict=True):
             paint(canvas, box_px, self.class_names[label], colour)
+
         image = tv_tensors.Image(torch.from_numpy(canvas.round().clip(0, 255).astype(np.uint8)))
-        hw = (SIZE_PX, SIZE_PX)
-        boxes = tv_tensors.BoundingBoxes(torch.from_numpy(boxes_px), format="XYXY", canvas_size=hw)
-        image_id = self.image_ids[index]  # an int, whatever kind of integer the index is
+        size_hw = (SIZE_PX, SIZE_PX)
         target = {
-            "boxes": boxes,
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.from_numpy(boxes_px), format="XYXY", canvas_size=size_hw
+            ),
             "labels": torch.from_numpy(labels),
-            "image_id": image_id,
-            "size_hw": hw,
+            "image_id": self.image_ids[index],  # an int, whatever kind of integer the index is
+            "size_hw": size_hw,
         }
-        return (image, target) if self.transforms is None else self.transforms(image, target)
+        if self.transforms is None:
+            return image, target
+        return self.transforms(image, target)
 
     def _rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, index])
 
     @cached_property
     def objects_per_image(self) -> np.ndarray:
-        """The number of objects M of each picture, (len,) int64, without drawing any."""
+        """The number of objects M of each image, (len,) int64. No image is drawn for it."""
         return np.array([draw_count(self._rng(index), self.level) for index in self.image_ids])
 
     def coco(self) -> COCO:
-        """The ground truth in COCO's format; an annotation's "area" is its box's, as there are no masks."""
-        coco = COCO()
-        categories = [
-            {"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)
-        ]
-        images, annotations = [], []
+        """The ground truth for pycocotools. There are no masks: an "area" is that of the box."""
+        images = []
+        annotations = []
         for image_id in self.image_ids:
-            file_name = f"{image_id:06d}.png"
             images.append(
-                {"id": image_id, "width": SIZE_PX, "height": SIZE_PX, "file_name": file_name}
+                {
+                    "id": image_id,
+                    "file_name": f"{image_id:06d}.png",
+                    "width": SIZE_PX,
+                    "height": SIZE_PX,
+                }
             )
             boxes_px, labels = draw_layout(self._rng(image_id), self.level)
             for (x1, y1, x2, y2), label in zip(boxes_px.tolist(), labels, strict=True):
                 w, h = x2 - x1, y2 - y1
-                # COCOeval takes an annotation of id 0 for none at all: ids start at 1.
-                ids = {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": self.category_ids[label],
-                }
-                annotations.append(ids | {"bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0})
+                annotations.append(
+                    {
+                        # From 1: COCOeval takes a match with annotation 0 for no match at all.
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": self.category_ids[label],
+                        "bbox": [x1, y1, w, h],
+                        "area": w * h,
+                        "iscrowd": 0,
+                    }
+                )
+
+        coco = COCO()
         coco.dataset = {
             "info": {},
             "images": images,
             "annotations": annotations,
-            "categories": categories,
+            "categories": [
+                {"id": category_id, "name": name}
+                for category_id, name in zip(self.category_ids, self.class_names, strict=True)
+            ],
         }
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()

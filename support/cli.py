@@ -151,10 +151,13 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
             stream.reconfigure(errors="backslashreplace")
     # Python would also print the line of code that warned, which does not help a user.
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun sets it
+    if not is_main:
+        warnings.simplefilter("ignore")
 
     try:
         status = main() or 0
-        if status in (0, 1) and os.environ.get("RANK", "0") == "0":
+        if status in (0, 1) and is_main:
             print(f"{prog}: took {duration(time.perf_counter() - start)}", flush=True)
         return status
     except (UserError, OSError, FloatingPointError) as error:

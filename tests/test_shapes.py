@@ -1,4 +1,4 @@
-"""Every promise of shapes.py, checked on a few hundred pictures of each level by means that shapes.py does not use."""
+"""Every promise of shapes.py, checked on a few hundred images of each level by other means."""
 
 import itertools
 import random
@@ -17,7 +17,8 @@ from shapes import ShapesDataset
 from support.errors import UserError
 
 LENGTH = 400
-# level: (classes at least, most objects, shortest and longest side in pixels, largest IoU), as shapes.py states them
+# As stated at the top of shapes.py: fewest classes, most objects, shortest and longest side in
+# pixels, largest IoU.
 PROMISED = {"demo": (3, 5, 0.12 * 96, 0.5 * 96, 0.1), "crowded": (4, 8, 0.10 * 96, 0.5 * 96, 0.4)}
 LEVELS = pytest.mark.parametrize("level", PROMISED)
 
@@ -28,13 +29,13 @@ def dataset(level: str, split: str = "train") -> ShapesDataset:
 
 
 @cache
-def pictures(level: str, split: str = "train") -> list[tuple[tv_tensors.Image, dict]]:
+def images_of(level: str, split: str = "train") -> list[tuple[tv_tensors.Image, dict]]:
     data = dataset(level, split)
     return [data[i] for i in range(LENGTH)]
 
 
 def scene(level: str, index: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-    """The parts that a picture is painted from: boxes, class names, background, colours."""
+    """What an image is painted from: boxes, class names, background, colours."""
     data = dataset(level)
     rng = np.random.default_rng([shapes.SEEDS[level, "train"], index])
     boxes, labels = shapes.draw_layout(rng, data.level)
@@ -44,7 +45,7 @@ def scene(level: str, index: int) -> tuple[np.ndarray, list[str], np.ndarray, np
 
 
 def mask(box: np.ndarray, name: str) -> np.ndarray:
-    """(H, W) bool: the pixels that the object alone changes by more than a tenth."""
+    """(H, W) bool: the pixels that an object changes by more than a tenth."""
     black, white = np.zeros((3, 96, 96), np.float32), np.full(3, 255, np.float32)
     shapes.paint(black, box, name, white)
     return black[0] > 25.5
@@ -57,28 +58,22 @@ def test_interface(level: str) -> None:
     assert len(data) == len(data.image_ids) == len(set(data.image_ids)) == LENGTH
     assert len(data.class_names) == len(set(data.class_names)) >= classes
     assert data.category_ids == tuple(range(1, len(data.class_names) + 1))
-    for index, (image, target) in enumerate(pictures(level)):
-        assert (
-            isinstance(image, tv_tensors.Image)
-            and image.dtype == torch.uint8
-            and image.shape == (3, 96, 96)
-        )
+    for index, (image, target) in enumerate(images_of(level)):
+        assert isinstance(image, tv_tensors.Image)
+        assert image.dtype == torch.uint8 and image.shape == (3, 96, 96)
         boxes, labels = target["boxes"], target["labels"]
-        assert isinstance(boxes, tv_tensors.BoundingBoxes) and boxes.canvas_size == target[
-            "size_hw"
-        ] == (96, 96)
+        assert isinstance(boxes, tv_tensors.BoundingBoxes)
+        assert boxes.canvas_size == target["size_hw"] == (96, 96)
         assert boxes.dtype == torch.float32 and boxes.format == tv_tensors.BoundingBoxFormat.XYXY
         assert labels.dtype == torch.int64 and boxes.shape == (len(labels), 4)
         assert type(target["image_id"]) is int and target["image_id"] == data.image_ids[index]
-        assert data.objects_per_image[index] == len(labels) and tuple(data.sizes_hw[index]) == (
-            96,
-            96,
-        )
+        assert data.objects_per_image[index] == len(labels)
+        assert tuple(data.sizes_hw[index]) == (96, 96)
     assert data.objects_per_image.shape == (LENGTH,) and data.sizes_hw.shape == (LENGTH, 2)
-    # Counts and classes are uniform: a chi-squared test, its p fixed by the seed.
+    # Counts and classes are uniform: a chi-squared test. The seed fixes its p value.
     counts = np.bincount(data.objects_per_image, minlength=most + 1)
     assert counts[0] == 0 and len(counts) == most + 1
-    labels = torch.cat([target["labels"] for _, target in pictures(level)])
+    labels = torch.cat([target["labels"] for _, target in images_of(level)])
     assert labels.max() < len(data.class_names)
     for observed in (counts[1:], np.bincount(labels, minlength=len(data.class_names))):
         assert stats.chisquare(observed).pvalue > 1e-4
@@ -89,7 +84,7 @@ def test_sizes_and_overlaps(level: str) -> None:
     _, _, low, high, max_iou = PROMISED[level]
     whs = []
     worst = 0.0
-    for _, target in pictures(level):
+    for _, target in images_of(level):
         boxes = target["boxes"].as_subclass(torch.Tensor)
         assert (boxes >= 0).all() and (boxes <= 96).all()
         whs.append((boxes[:, 2:] - boxes[:, :2]).numpy())
@@ -100,13 +95,13 @@ def test_sizes_and_overlaps(level: str) -> None:
     expected = stats.loguniform(low, high) if level == "crowded" else stats.uniform(low, high - low)
     for sides in whs.T:
         assert stats.kstest(sides, expected.cdf).pvalue > 1e-4
-    # Width and height are independent of one another.
+    # Width and height are independent.
     assert stats.spearmanr(whs[:, 0], whs[:, 1]).pvalue > 1e-4
 
 
 @LEVELS
-def test_crowded_pictures_keep_the_size_distribution(level: str) -> None:
-    """Where rejection bites, the fullest pictures, large objects must not be rarer than promised."""
+def test_images_full_of_objects_keep_the_size_distribution(level: str) -> None:
+    """Large objects are not rarer than promised even in full images, where they hardly fit."""
     _, most, low, high, _ = PROMISED[level]
     rng = np.random.default_rng(0)
     setting = shapes.LEVELS[level]
@@ -125,13 +120,10 @@ def test_large_objects_come_first_and_no_box_is_covered_by_the_later_ones(level:
         boxes = shapes.draw_layout(rng, shapes.LEVELS[level])[0].astype(float)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         assert (np.diff(areas) <= 1e-2).all()
-        corners = (
-            np.maximum(boxes[:, None, :2], boxes[:, :2]),
-            np.minimum(boxes[:, None, 2:], boxes[:, 2:]),
-        )
-        shared = np.triu(
-            (corners[1] - corners[0]).clip(0).prod(axis=2), k=1
-        )  # (M, M), with later boxes only
+        top_left = np.maximum(boxes[:, None, :2], boxes[:, :2])
+        bottom_right = np.minimum(boxes[:, None, 2:], boxes[:, 2:])
+        shared = (bottom_right - top_left).clip(0).prod(axis=2)  # (M, M)
+        shared = np.triu(shared, k=1)  # with later boxes only
         most_hidden = max(most_hidden, (shared.sum(axis=1) / areas).max())
     assert most_hidden < 0.75 + 1e-4
 
@@ -140,7 +132,7 @@ def test_large_objects_come_first_and_no_box_is_covered_by_the_later_ones(level:
 def test_boxes_are_tight_and_amodal(level: str) -> None:
     for index in range(LENGTH):
         boxes, names, _, _ = scene(level, index)
-        assert np.array_equal(boxes, pictures(level)[index][1]["boxes"].numpy())
+        assert np.array_equal(boxes, images_of(level)[index][1]["boxes"].numpy())
         for box, name in zip(boxes, names, strict=True):
             ys, xs = np.nonzero(mask(box, name))
             extent = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
@@ -160,7 +152,8 @@ def test_the_most_extreme_boxes_are_tight_wherever_they_lie(
         assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - box).max() < 1
 
 
-# The share of its box that each shape covers, from geometry: pi/4, ...; the tips cut off are 6 % of the axis.
+# The share of its box that each shape covers, from geometry. The tips that are cut off are 6 % of
+# the axis.
 AREAS = {
     "ellipse": np.pi / 4,
     "rectangle": 1.0,
@@ -173,20 +166,18 @@ AREAS = {
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_shapes_cover_the_area_that_geometry_says(name: str) -> None:
-    """Also checks the anti-aliasing: the mean coverage is the area, on boxes between the pixels."""
+    """Also with edges between the pixels: the mean coverage is the area."""
     box = np.array([10.3, 20.6, 53.7, 61.9], np.float32)
     black = np.zeros((3, 96, 96), np.float32)
     shapes.paint(black, box, name, np.full(3, 200, np.float32))
     area_px = (box[2] - box[0]) * (box[3] - box[1])
-    # All shapes are symmetric left to right, but the triangle's mass lies low, where the light is dimmer.
+    # The light falls off to the lower right. All shapes are symmetric from left to right, but most
+    # of the triangle is in the lower half, where it is dimmer.
     assert black[0].sum() / 200 == pytest.approx(AREAS[name] * area_px, rel=0.03)
     partial = (black[0] > 10) & (black[0] < 170)
     assert partial.any(), "edges should be anti-aliased"
-    assert (
-        (black[:, ~mask(box, name)] <= 25.5).all()
-        and not black[:, :20].any()
-        and not black[:, :, 54:].any()
-    )
+    assert (black[:, ~mask(box, name)] <= 25.5).all()
+    assert not black[:, :20].any() and not black[:, :, 54:].any()
 
 
 def test_demo_backgrounds_are_smooth_and_of_low_contrast() -> None:
@@ -199,24 +190,24 @@ def test_demo_backgrounds_are_smooth_and_of_low_contrast() -> None:
 
 
 def test_crowded_backgrounds_are_as_contrasty_as_the_objects() -> None:
-    """Root-mean-square distance from the background's mean colour: of the background's pixels, and of objects."""
+    """By the root-mean-square distance from the mean colour of the background."""
     backgrounds, objects = [], []
     for index in range(LENGTH):
         _, _, background, colours = scene("crowded", index)
         mean = background.mean(axis=(1, 2))
         backgrounds.append(((background - mean[:, None, None]) ** 2).sum(axis=0).mean() ** 0.5)
         objects += list(((colours - mean) ** 2).sum(axis=1) ** 0.5)
-    assert min(backgrounds) > 3**0.5 * 30, "every one beyond what demo may have"
+    assert min(backgrounds) > 3**0.5 * 30, "each has more than demo may have"
     assert 0.75 < np.mean(backgrounds) / np.mean(objects) < 1.25
 
 
 @LEVELS
 def test_every_object_can_be_seen(level: str) -> None:
-    """In the finished picture: in its own colour, unlike what is around it, and not hidden under others."""
+    """In the finished image: in its colour, unlike what is around it, not hidden under others."""
     for index in range(LENGTH):
         boxes, names, background, colours = scene(level, index)
         masks = [mask(box, name) for box, name in zip(boxes, names, strict=True)]
-        image = pictures(level)[index][0].numpy().astype(np.float32)
+        image = images_of(level)[index][0].numpy().astype(np.float32)
         for i, colour in enumerate(colours):
             visible = masks[i] & ~np.any(masks[i + 1 :], axis=0) if masks[i + 1 :] else masks[i]
             assert visible.sum() > 0.1 * masks[i].sum()
@@ -225,14 +216,14 @@ def test_every_object_can_be_seen(level: str) -> None:
             assert np.linalg.norm(painted - colour) < 35, "shading must not change the colour much"
             others = np.vstack([background.mean(axis=(1, 2)), np.delete(colours, i, axis=0)])
             assert np.linalg.norm(others - colour, axis=1).min() > 65
-            # From what it is painted over: what the picture would show there without it.
+            # It differs from the background that it covers.
             contrast = np.linalg.norm(background[:, masks[i]] - colour[:, None], axis=0)
             assert np.median(contrast) > 50
 
 
 @LEVELS
-def test_pictures_depend_on_level_split_and_index_alone(level: str) -> None:
-    before = pictures(level)[:20]
+def test_images_depend_on_level_split_and_index_alone(level: str) -> None:
+    before = images_of(level)[:20]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     other = ShapesDataset(level, "train", 20)
     for index in reversed(range(20)):
@@ -249,7 +240,7 @@ def test_pictures_depend_on_level_split_and_index_alone(level: str) -> None:
     )
 
 
-def test_a_worker_process_draws_the_same_pictures() -> None:
+def test_a_worker_process_draws_the_same_images() -> None:
     loader = torch.utils.data.DataLoader(
         ShapesDataset("demo", "train", 6),
         batch_size=None,
@@ -257,65 +248,59 @@ def test_a_worker_process_draws_the_same_pictures() -> None:
         multiprocessing_context="fork",
     )
     for (image, target), (expected, expected_target) in zip(
-        loader, pictures("demo")[:6], strict=True
+        loader, images_of("demo")[:6], strict=True
     ):
-        assert torch.equal(image, expected) and torch.equal(
-            target["boxes"], expected_target["boxes"]
-        )
+        assert torch.equal(image, expected)
+        assert torch.equal(target["boxes"], expected_target["boxes"])
 
 
-def test_changing_a_picture_in_place_does_not_change_the_data_set() -> None:
+def test_changing_an_image_in_place_does_not_change_the_data_set() -> None:
     image, target = dataset("demo")[3]
     image.zero_(), target["boxes"].zero_(), target["labels"].zero_()
     again, target_again = dataset("demo")[3]
     assert again.any() and target_again["boxes"].any()
 
 
-def test_splits_and_levels_share_no_seed_and_no_picture() -> None:
+def test_splits_and_levels_share_no_seed_and_no_image() -> None:
     assert set(shapes.SEEDS) == set(itertools.product(PROMISED, ("train", "val")))
     assert len(set(shapes.SEEDS.values())) == 4
     seen = [
         image.numpy().tobytes()
         for level in PROMISED
         for s in ("train", "val")
-        for image, _ in pictures(level, s)
+        for image, _ in images_of(level, s)
     ]
     assert len(set(seen)) == len(seen) == 4 * LENGTH
 
 
 @LEVELS
-def test_coco_agrees_with_the_pictures(level: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_coco_agrees_with_the_images(level: str, capsys: pytest.CaptureFixture[str]) -> None:
     data = dataset(level)
     coco = data.coco()
     assert capsys.readouterr().out == ""
     assert coco.getImgIds() == data.image_ids
     assert tuple(c["name"] for c in coco.loadCats(data.category_ids)) == data.class_names
     assert min(coco.anns) == 1 and len(coco.anns) == data.objects_per_image.sum()
-    for index, (_, target) in enumerate(pictures(level)):
+    for index, (_, target) in enumerate(images_of(level)):
         info = coco.imgs[target["image_id"]]
         assert (info["height"], info["width"]) == target["size_hw"] and info["file_name"]
         anns = coco.imgToAnns[data.image_ids[index]]
         xyxy = v2.functional.convert_bounding_box_format(target["boxes"], new_format="XYWH").numpy()
         np.testing.assert_allclose([a["bbox"] for a in anns], xyxy, atol=1e-4)
-        assert [data.category_ids.index(a["category_id"]) for a in anns] == target[
-            "labels"
-        ].tolist()
-        assert all(
-            a["iscrowd"] == 0 and a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3])
-            for a in anns
-        )
-        assert all(a["image_id"] == target["image_id"] for a in anns)
+        labels = [data.category_ids.index(a["category_id"]) for a in anns]
+        assert labels == target["labels"].tolist()
+        for a in anns:
+            assert a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3])
+            assert a["iscrowd"] == 0 and a["image_id"] == target["image_id"]
 
 
 def test_transforms_see_image_and_boxes() -> None:
-    flipped, target = ShapesDataset("demo", "train", 3, transforms=v2.RandomHorizontalFlip(p=1.0))[
-        2
-    ]
-    image, plain = pictures("demo")[2]
+    data = ShapesDataset("demo", "train", 3, transforms=v2.RandomHorizontalFlip(p=1.0))
+    flipped, target = data[2]
+    image, plain = images_of("demo")[2]
     assert torch.equal(flipped, image.flip(-1))
-    mirrored = plain["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor(
-        [96, 0, 96, 0]
-    )
+    x1, y1, x2, y2 = plain["boxes"].unbind(dim=1)
+    mirrored = torch.stack([96 - x2, y1, 96 - x1, y2], dim=1)
     assert torch.allclose(target["boxes"], mirrored) and target["size_hw"] == (96, 96)
 
 

@@ -1,0 +1,159 @@
+"""train.py and evaluate.py on data sets as other tools write them: resolved, or refused at once."""
+
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import evaluate
+import train
+from support.checkpoint import load_checkpoint
+from support.errors import UserError
+
+Raw = dict[str, Any]
+Files = tuple[Path, Path]
+
+
+def data_flags(train_set: Files, val_set: Files | None = None) -> list[str]:
+    flags = ["--train-json", str(train_set[0]), "--train-images", str(train_set[1])]
+    if val_set is not None:
+        flags += ["--val-json", str(val_set[0]), "--val-images", str(val_set[1])]
+    return flags
+
+
+@pytest.fixture
+def run(tiny_flags: list[str], tmp_path: Path, capsys) -> Callable[..., str]:
+    """Trains for an epoch, and returns what was printed."""
+
+    def train_and_read(*flags: str) -> str:
+        assert train.main([*tiny_flags, "--output", str(tmp_path / "run"), *flags]) == 0
+        return capsys.readouterr().out
+
+    return train_and_read
+
+
+def metrics(folder: Path) -> Raw:
+    return json.loads((folder / "run/metrics.jsonl").read_text(encoding="utf-8"))
+
+
+def test_a_phone_image_in_the_validation_set_is_found_before_training(
+    make_coco, run, tmp_path: Path
+) -> None:
+    val = make_coco("val")
+    path = val[1] / "3.jpg"
+    image, exif = Image.open(path), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned; the JSON has the size as stored
+    image.load()
+    image.save(path, exif=exif)
+    with pytest.raises(UserError, match=r"1 of 4 images .*3\.jpg: is 48 x 64 pixels, but 64 x 48"):
+        run(*data_flags(make_coco("train"), val))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_crowds_are_counted_in_the_summary_and_named_in_the_error(make_coco, run) -> None:
+    def half(coco: Raw) -> None:
+        for annotation in coco["annotations"][4:]:
+            annotation["iscrowd"] = 1
+
+    printed = run(*data_flags(make_coco("half", edit=half)))
+    assert "4 images, 4 objects" in printed and "4 of 8 annotations are crowds" in printed
+
+    def whole(coco: Raw) -> None:
+        for annotation in coco["annotations"]:
+            annotation["iscrowd"] = 1
+
+    with pytest.raises(UserError, match="no objects.*8 annotations are crowds"):
+        run(*data_flags(make_coco("all", edit=whole)))
+
+
+@pytest.mark.parametrize("area", [[100], "100", -1])
+def test_an_area_that_is_not_a_number_leaves_ap_defined(
+    make_coco, run, tmp_path: Path, area: Any
+) -> None:
+    def edit(coco: Raw) -> None:
+        for annotation in coco["annotations"]:
+            annotation["area"] = area
+
+    printed = run(*data_flags(make_coco("train"), make_coco("val", edit=edit)))
+    assert 'val.json: 8 annotations have an unusable "area"' in printed
+    assert metrics(tmp_path)["AP"] >= 0
+
+
+def without_cow(coco: Raw) -> None:
+    cow = coco["categories"].pop()["id"]
+    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != cow]
+
+
+def test_a_validation_set_with_fewer_classes(make_coco, run, tmp_path: Path, capsys) -> None:
+    val = make_coco("val", edit=without_cow)
+    printed = run(*data_flags(make_coco("train"), val))
+    note = "val.json: lacks 1 of the 3 classes: 'cow'; AP is over the others"
+    assert note in printed and metrics(tmp_path)["AP"] >= 0
+    assert load_checkpoint(tmp_path / "run/last.pt")["class_names"] == ["dog", "cat", "cow"]
+
+    flags = ["--weights", str(tmp_path / "run/last.pt"), "--output", str(tmp_path / "evaluated")]
+    assert evaluate.main([*flags, "--device", "cpu", "--workers", "0"]) == 0
+    assert note in capsys.readouterr().out
+    evaluated = json.loads((tmp_path / "evaluated/metrics.json").read_text(encoding="utf-8"))
+    assert set(evaluated["per_class"]) == {"dog", "cat"}
+    detections = json.loads((tmp_path / "evaluated/detections.json").read_text(encoding="utf-8"))
+    assert {detection["category_id"] for detection in detections} <= {-3, 7}
+
+
+def test_a_validation_set_with_more_classes(make_coco, run, tmp_path: Path, capsys) -> None:
+    flags = data_flags(make_coco("train", edit=without_cow), make_coco("val"))
+    with pytest.raises(UserError, match=r"new \['cow'\].*--ignore-new-classes"):
+        run(*flags)
+    printed = run(*flags, "--ignore-new-classes")
+    note = "ignored 'cow', which the model does not have, and 3 annotations"
+    assert note in printed
+    assert metrics(tmp_path)["AP"] >= 0
+
+    flags = ["--weights", str(tmp_path / "run/last.pt"), "--output", str(tmp_path / "evaluated")]
+    flags += ["--device", "cpu", "--workers", "0"]
+    with pytest.raises(UserError, match="--ignore-new-classes"):
+        evaluate.main(flags)
+    assert evaluate.main([*flags, "--ignore-new-classes"]) == 0
+    assert note in capsys.readouterr().out
+
+
+def test_roboflow_names_a_category_0_after_the_project(make_coco, run, tmp_path: Path) -> None:
+    def edit(coco: Raw) -> None:
+        coco["categories"] = [
+            {"id": 0, "name": "face", "supercategory": "none"},
+            {"id": 1, "name": "face", "supercategory": "face"},
+        ]
+        for annotation in coco["annotations"]:
+            annotation["category_id"] = 1
+
+    files = make_coco(edit=edit)
+    printed = run(*data_flags(files, files))
+    assert "ignored category 0, 'face'" in printed and "8 objects of 1 classes" in printed
+    checkpoint = load_checkpoint(tmp_path / "run/last.pt")
+    assert checkpoint["class_names"] == ["face"] and checkpoint["category_ids"] == [1]
+
+
+def test_file_names_from_macos_and_windows(make_coco, run) -> None:
+    def rename(coco: Raw) -> None:
+        coco["images"][0]["file_name"] = unicodedata.normalize("NFC", "Müller.jpg")
+        coco["images"][1]["file_name"] = "sub\\2.jpg"
+
+    json_file, folder = make_coco(edit=rename)
+    (folder / "1.jpg").rename(folder / unicodedata.normalize("NFD", "Müller.jpg"))
+    (folder / "sub").mkdir()
+    (folder / "2.jpg").rename(folder / "sub/2.jpg")
+    assert "2 of 4 file names are spelled differently" in run(*data_flags((json_file, folder)))
+
+
+def test_boxes_as_shares_give_a_warning(make_coco, run) -> None:
+    def edit(coco: Raw) -> None:
+        for annotation in coco["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            annotation["bbox"] = [x / 64, y / 48, w / 64, h / 48]
+
+    with pytest.warns(UserWarning, match=r"train\.json: all box values are between 0 and 1"):
+        run(*data_flags(make_coco(edit=edit)))
