@@ -28,7 +28,7 @@ class DataConfig:
     val_json: str | None = None
     val_images: str | None = None  # folder of the images that --val-json lists
     data: Literal["coco", "shapes-demo", "shapes-crowded"] = "coco"  # the data without --train-json
-    workers: int = 4  # processes that load images; 0 loads them in the main process
+    workers: int = 4  # loader processes per training process; 0 loads images in that process itself
     # Pixels: the shortest side of a training image becomes one of these, chosen at random (code).
     min_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     # Pixels: upper limit of the longest side, in training and evaluation (code).
@@ -91,7 +91,8 @@ class TrainingConfig:
     lr: float | None = None  # learning rate; by default --lr-at-16 times batch size / 16
     # Mixed precision. Matching, losses and boxes stay in float32.
     amp: Literal["off", "bf16", "fp16"] = "off"
-    # Images at a time; gradients accumulate to --batch-size. By default all of them at once.
+    # Images per process and forward pass; gradients accumulate to --batch-size. By default the
+    # process's whole share.
     micro_batch: int | None = None
     seed: int = 0  # of the weights, the order of the data and the augmentation
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
@@ -102,12 +103,12 @@ class TrainingConfig:
     # Shares of the run after which the rate is divided by 10 (paper: epochs 27 and 33 of 36).
     milestones: tuple[float, ...] = (27 / 36, 33 / 36)
     warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run (code)
-    warmup_factor: float = 0.01  # share of the rate that the warm-up starts from (code)
+    warmup_factor: float = 0.01  # fraction of the rate at which the warm-up starts (code)
     clip_norm: float = 1.0  # largest norm of the whole model's gradient (code)
     # torch.compile for backbone and stages: takes minutes once, then steps are faster on a GPU.
     compile: bool = False
     checkpoint_minutes: float = 10.0  # minutes between two writes of last.pt within an epoch
-    # End the run after so many steps in a row whose loss or gradient is not finite.
+    # Stop after this many consecutive steps whose loss or gradient is not finite.
     max_bad_steps: int = 20
 
 

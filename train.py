@@ -5,18 +5,19 @@
     python train.py --train-json A.json --train-images DIR --val-json B.json --val-images DIR
 
 In:  a `Config`; every field is a flag (see --help).
-Out: in --output: last.pt, best.pt, metrics.jsonl (one line per epoch), config.json, TensorBoard
-     events, curves.png.
+Out: in --output: last.pt, best.pt (if there is validation data), metrics.jsonl (one line per
+     epoch), config.json, TensorBoard events, curves.png.
 
-Two things differ from the authors' code. An epoch is one pass over the data without its last
-incomplete batch, where they count 270,000 iterations of endless shuffling; 36 epochs are 266,112
-iterations. And a step that is not finite is skipped, where theirs ends the run.
+An epoch is one pass over the data without its last incomplete batch; 36 epochs of COCO are 266,112
+steps, where the authors' code takes 270,000 steps of endless shuffling. DEVIATIONS.md lists this
+and all other differences.
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from data import check_data, make_dataset, require_objects
 from evaluate import evaluate, format_table
 from model import SparseRCNN, build_model
 from support.checkpoint import Training, load_checkpoint, load_what_fits
-from support.cli import AMP_DTYPES, check_compiler, parse_args, preset_from, run_main
+from support.cli import parse_args, preset_from, run_main
+from support.devices import AMP_DTYPES, check_compiler, choose_threads, warn_of_slow_bf16
 from support.distributed import World, join_world
-from support.errors import NotFinite
+from support.errors import NotFinite, UserError
 from support.faults import (
     Clock,
     StopSignal,
@@ -47,11 +49,11 @@ from support.report import Report, prepare_output, print_summary, warn_of_crowde
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """The rate of a step: a linear warm-up, then steps down or half a cosine.
+    """The learning rate at a step: linear warm-up, then ÷10 at each milestone, or half a cosine.
 
     Args:
-        step: steps taken before, 0 … total_steps − 1.
-        total_steps: of the whole run.
+        step: index of the step, 0 … total_steps − 1.
+        total_steps: number of steps in the whole run.
         config: peak rate, `warmup_steps`, `warmup_factor`, `schedule`, `milestones`.
     """
     warmup_steps = min(config.warmup_steps, total_steps // 10)
@@ -78,9 +80,10 @@ def train_step(training: Training, batch: Batch) -> dict[str, float]:
         Every loss of the whole batch, and `grad_norm`, the gradient's norm before clipping.
 
     Raises:
-        NotFinite: in all processes, if a loss or the gradient is not finite; no weight has changed.
+        NotFinite: in all processes, if a prediction, a loss or the gradient is not finite; no
+            weight has changed.
     """
-    config, world, model = training.config, training.world, training.model
+    config, world = training.config, training.world
     optimizer, scaler = training.optimizer, training.scaler
 
     rate = learning_rate(training.step, training.total_steps, config)
@@ -88,32 +91,36 @@ def train_step(training: Training, batch: Batch) -> dict[str, float]:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
 
-    # Micro-batches: what does not fit into memory at once goes through in parts, whose gradients
-    # add up. Every part is divided by the objects of the whole batch, over all parts and processes,
-    # so the gradient is the same however the batch is divided.
+    # Micro-batches: a batch that does not fit into memory is processed in parts, and their
+    # gradients add up. Each part is divided by the number of objects in the whole batch (all parts,
+    # all processes; see loss.py), so the gradient does not depend on how the batch is split.
     totals: dict[str, torch.Tensor] = {}
     for part in batch.parts(config.micro_batch):
         with torch.autocast(world.device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off"):
-            losses = training.parallel(part.images, part.targets, batch.num_objects, part.is_last)
+            # After the last part the processes average their gradients.
+            losses = training.parallel_model(
+                part.images, part.targets, num_objects=batch.num_objects, is_last=part.is_last
+            )
         # The losses are weighted already. DistributedDataParallel averages the gradients over the
-        # processes; the common divisor asks for their sum.
+        # processes, but the divisor is the objects of the whole batch: we need the sum.
         loss = sum(losses.values()) * world.size
         scaler.scale(loss).backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach()
 
     scaler.unscale_(optimizer)
-    grad_norm = clip_grad_norm_(model.parameters(), config.clip_norm).item()
+    grad_norm = clip_grad_norm_(training.model.parameters(), config.clip_norm).item()
 
-    # What all processes must agree on before any of them steps.
-    sums = world.sum(*torch.stack(list(totals.values())).tolist())
-    is_finite = math.isfinite(grad_norm + sum(sums))
+    # The losses of the whole batch. They, and the gradient that DistributedDataParallel has
+    # averaged, are the same in all processes: either all of them step or none.
+    batch_losses = world.sum(*torch.stack(list(totals.values())).tolist())
+    is_finite = math.isfinite(grad_norm + sum(batch_losses))
     if is_finite:
         scaler.step(optimizer)
-    scaler.update()  # after an overflow of float16 too: it lowers the scale
+    scaler.update()  # also after a skipped step: this lowers the scale of float16
     if not is_finite:
         raise NotFinite("the loss or its gradient is not finite")
-    return {**dict(zip(totals, sums, strict=True)), "grad_norm": grad_norm}
+    return {**dict(zip(totals, batch_losses, strict=True)), "grad_norm": grad_norm}
 
 
 def train(
@@ -133,9 +140,8 @@ def train(
     clock = Clock(config.checkpoint_minutes)
     while training.epoch < config.epochs:
         model.train()
-        if training.steps_into_epoch == 0:
-            training.sums.clear()
         report.start_epoch()
+        # They end early if any process gets a signal, and say when a checkpoint is due.
         batches = fetch(loader, world, training.epoch, training.steps_into_epoch, stop, clock)
         with saved_if_loading_fails(training, output / "last.pt"):
             for batch in batches:
@@ -149,23 +155,22 @@ def train(
                 report.step(batch, values)
                 if batch.is_save_due:
                     training.save(output / "last.pt")
-        report.end_steps()
 
+        # Trained batch norms: all processes evaluate with the main one's statistics.
         world.copy_buffers(model)
         training.save(output / "last.pt")  # before the evaluation, which may take long
-        if (number := stop.of_any(world)) is not None:
-            where = f"step {training.step}; saved {output / 'last.pt'}"
-            report.say(f"stopped by signal {number} at {where}")
+        if (number := stop.agreed(world)) is not None:
+            report.say_stopped(number)
             return 128 + number
 
         metrics: dict[str, Any] = {}
-        is_last_epoch = training.epoch + 1 == config.epochs
-        is_due = is_last_epoch or (training.epoch + 1) % config.eval_every == 0
-        if val_set is not None and is_due:
+        epoch = training.epoch + 1
+        is_eval_due = epoch % config.eval_every == 0 or epoch == config.epochs
+        if val_set is not None and is_eval_due:
             with stop.obeyed(f"in an evaluation; {output / 'last.pt'} is from right before it"):
                 metrics = evaluate_training(training, val_set)
 
-        training.epoch += 1
+        training.epoch = epoch
         report.end_epoch(metrics)
         if metrics:
             report.say(format_table(metrics))
@@ -173,8 +178,7 @@ def train(
             training.best = metrics["AP"]
             training.save(output / "best.pt")
         training.save(output / "last.pt")
-    files = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
-    report.say(f"written: {', '.join(files)} in {output}")
+    report.say_written()
     return 0
 
 
@@ -192,7 +196,7 @@ def evaluate_training(training: Training, val_set: Dataset) -> dict[str, Any]:
     return metrics
 
 
-# --- from a command line to a training ---
+# --- set-up: data, model, optimizer, resume ---
 
 
 @dataclass(frozen=True)
@@ -200,10 +204,10 @@ class TrainArgs:
     config: tyro.conf.Suppress[Config] = field(default_factory=Config)  # its fields are the flags
     output: Path = Path("runs/train")  # folder that everything is written into
     # Checkpoint to start from, for fine-tuning: ours, the authors', MMDetection's, or a name like
-    # sparse-rcnn-r50-100. What fits is taken over.
+    # sparse-rcnn-r50-100. Tensors of the same name and shape are loaded.
     weights: str | None = None
-    # Checkpoint to go on from, with its settings unless a flag says otherwise; "auto" is last.pt in
-    # --output, if it is there.
+    # Checkpoint to resume from. Its settings apply unless a flag overrides them; "auto" is last.pt
+    # in --output, if it exists.
     resume: str | None = None
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     check_data: bool = False  # decode every image before training
@@ -227,8 +231,46 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
 
     checkpoint = load_checkpoint(resume)
     config = Config.from_dict(checkpoint["config"])
+    has_preset = any(word.split("=")[0] == "--preset" for word in argv)
+    if has_preset and args.config.preset != config.preset:
+        raise UserError(
+            f"--preset {args.config.preset}: {resume} is a run of --preset {config.preset}; leave "
+            "out --preset"
+        )
     args = parse_args(argv, TrainArgs, "train.py", description, config=config)
     return replace(args, resume=resume), checkpoint
+
+
+def prepare_data(
+    args: TrainArgs, known_names: Sequence[str] | None, world: World
+) -> tuple[Dataset, Dataset | None, list[str]]:
+    """The training set and the validation set, both checked, and notes for the summary.
+
+    Args:
+        args: the command line.
+        known_names: class names of the checkpoint to resume from; they must be the data's.
+        world: the processes, which share the work of the check.
+
+    Raises:
+        UserError: the data cannot be trained on.
+    """
+    train_set = make_dataset(args.config, "train", class_names=known_names)
+    val_set = make_dataset(
+        args.config,
+        "val",
+        class_names=train_set.class_names,
+        ignore_new_classes=args.ignore_new_classes,
+    )
+    require_objects(train_set)
+    notes = []
+    with world.together():
+        if world.is_main:
+            warn_of_crowded_images(train_set, args.config.num_proposals)
+        for dataset in (train_set, val_set):
+            if dataset is not None:
+                notes += dataset.notes
+                notes += check_data(dataset, world.rank, world.size, decode=args.check_data)
+    return train_set, val_set, notes
 
 
 def start_training(
@@ -236,11 +278,13 @@ def start_training(
     world: World,
     train_set: Dataset,
     steps_per_epoch: int,
-    build: Callable[..., SparseRCNN] = build_model,
+    build: Callable[[Config], SparseRCNN] = build_model,
 ) -> Training:
     """A new model, and AdamW over all of its parameters that are trained (paper)."""
     torch.manual_seed(config.seed)
     model = build(config).to(world.device)
+    if not world.is_main:
+        torch.manual_seed(config.seed + world.rank)  # dropout differs between the processes
     if config.compile:
         check_compiler(world.device)
         model.compile()
@@ -262,6 +306,34 @@ def start_training(
     )
 
 
+def load_weights(
+    training: Training, args: TrainArgs, checkpoint: dict[str, Any] | None
+) -> list[str]:
+    """Resumes, or starts from other weights (--weights is for the first start only); returns notes.
+
+    Raises:
+        UserError: the checkpoint does not fit, or the processes have found different ones.
+    """
+    if checkpoint is not None:
+        training.restore(checkpoint, args.resume)
+        checkpoint.clear()  # the caller holds it too: over 1 GB for the whole run
+    places = training.world.gather((training.epoch, training.step))
+    if len(set(places)) > 1:
+        raise UserError(
+            "the processes have found different checkpoints; put --output on a disk that all "
+            "machines share"
+        )
+    if args.resume is not None:
+        steps = f"step {training.step} of {training.total_steps}"
+        return [f"resumed from {args.resume} at {steps}"]
+    if args.weights is None:
+        return []
+    notes = []
+    with training.world.together():
+        notes = load_what_fits(training.model, args.weights, training.class_names)
+    return notes
+
+
 def run(
     args: TrainArgs,
     checkpoint: dict[str, Any] | None,
@@ -271,28 +343,19 @@ def run(
 
     Args:
         args: the command line.
-        checkpoint: to resume from, or None.
-        build: makes the model; another one trains another model.
+        checkpoint: to resume from, or None; emptied once it is loaded.
+        build: called as build(config, pretrained_backbone) to make the model.
     """
     with join_world(args.device) as world:
-        known_names = checkpoint["class_names"] if checkpoint is not None else None
-        train_set = make_dataset(args.config, "train", class_names=known_names)
-        val_set = make_dataset(
-            args.config,
-            "val",
-            class_names=train_set.class_names,
-            ignore_new_classes=args.ignore_new_classes,
-        )
-        config = replace(args.config, num_classes=len(train_set.class_names))
-        require_objects(train_set)
-        lock, notes = None, []
+        choose_threads(world.device, args.config, max(args.config.min_sizes))
+        lock = None
         with world.together():
             if world.is_main:
-                warn_of_crowded_images(train_set, config.num_proposals)
                 lock = prepare_output(args.output, args.resume)
-            for dataset in filter(None, (train_set, val_set)):
-                notes += dataset.notes
-                notes += check_data(dataset, world.rank, world.size, decode=args.check_data)
+                warn_of_slow_bf16(world.device, args.config.amp)
+        known_names = checkpoint["class_names"] if checkpoint is not None else None
+        train_set, val_set, notes = prepare_data(args, known_names, world)
+        config = replace(args.config, num_classes=len(train_set.class_names))
 
         sizes_hw = train_set.sizes_hw
         batches = GroupedBatches(sizes_hw, config.batch_size, config.seed, world.rank, world.size)
@@ -305,17 +368,10 @@ def run(
         )
 
         # A model that is about to be overwritten needs no ImageNet weights.
-        pretrained = checkpoint is None
-        training = start_training(
-            config, world, train_set, len(batches), lambda config: build(config, pretrained)
-        )
+        build = partial(build, pretrained_backbone=checkpoint is None)
+        training = start_training(config, world, train_set, len(batches), build)
         check_batch_norms(training, batches.share)
-        if checkpoint is not None:
-            training.restore(checkpoint, args.resume)
-            steps = f"step {training.step} of {training.total_steps}"
-            notes += [f"resumed from {args.resume} at {steps}"]
-        elif args.weights:
-            notes += load_what_fits(training.model, args.weights, train_set.class_names)
+        notes += load_weights(training, args, checkpoint)
 
         if world.is_main:
             print_summary(training, train_set, val_set, notes)

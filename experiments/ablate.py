@@ -36,7 +36,8 @@ from evaluate import evaluate
 from experiments.measure import format_table, machine
 from experiments.variants import VARIANTS, shared_name
 from support.checkpoint import load_checkpoint, load_strictly
-from support.cli import parse_args, pick_device, preset_from, run_main
+from support.cli import parse_args, preset_from, run_main
+from support.devices import pick_device
 from support.distributed import World
 from support.errors import UserError
 from support.report import git_revision

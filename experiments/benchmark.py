@@ -31,7 +31,8 @@ from head import DynamicHead
 from matcher import HungarianMatcher
 from model import SparseRCNN, build_model
 from support.checkpoint import Training
-from support.cli import AMP_DTYPES, pick_device, run_main
+from support.cli import run_main
+from support.devices import AMP_DTYPES, pick_device
 from support.distributed import World
 from support.errors import UserError
 from support.loader import Batch, make_loader, usable_workers

@@ -1,4 +1,4 @@
-"""Checkpoints: one file that holds a model and all that it takes to use it, or to train it further.
+"""Checkpoints: one file with a model and all that it takes to use it, or to resume its training.
 
 A checkpoint is a dict of tensors and plain values, always read with `weights_only=True`:
 
@@ -37,8 +37,15 @@ from support.errors import UserError, first_line
 
 _KEYS = ("model", "config", "class_names", "category_ids")
 _TRAINING_KEYS = (
-    *("optimizer", "schedule", "scaler", "epoch", "step"),
-    *("best", "bad_in_a_row", "sums", "rng"),
+    "optimizer",
+    "schedule",
+    "scaler",
+    "epoch",
+    "step",
+    "best",
+    "bad_in_a_row",
+    "sums",
+    "rng",
 )
 
 
@@ -66,7 +73,7 @@ PUBLISHED = {
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Writes to a temporary file, syncs it, then renames it.
 
-    Whenever this is killed, `path` holds a whole checkpoint, the old one or the new one.
+    If the process is killed, `path` holds a whole checkpoint, the old one or the new one.
 
     Raises:
         OSError: the file cannot be written (no space, no permission); what was at `path` is intact.
@@ -109,8 +116,10 @@ def download(name: str) -> Path:
         torch.hub.download_url_to_file(url, str(partial), hash_prefix=sha256, progress=has_terminal)
         read_checkpoint(partial)  # urllib takes a connection that was lost midway for a success
         # torch.load does not check the contents.
-        if zipfile.is_zipfile(partial) and (damaged := zipfile.ZipFile(partial).testzip()):
-            raise UserError(f"{damaged} in it is damaged")
+        if zipfile.is_zipfile(partial):
+            with zipfile.ZipFile(partial) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f"{damaged} in it is damaged")
         os.replace(partial, path)
     except (OSError, HTTPException, RuntimeError, UserError) as error:  # Runtime: wrong checksum
         raise UserError(
@@ -166,7 +175,10 @@ def _damage(path: str | Path) -> str:
     if not start:
         return "the file is empty; replace the file, or take an earlier checkpoint"
     if not start.strip(b"\0"):
-        return "the file holds zeros, as after a power failure; replace the file, or take an earlier checkpoint"
+        return (
+            "the file holds zeros, as after a power failure; replace the file, or take an earlier "
+            "checkpoint"
+        )
     if start.startswith(b"PK"):
         return "the file is cut off or damaged; replace the file, or take an earlier checkpoint"
     return "it was not written by torch.save; replace the file, or check its name"
@@ -282,12 +294,12 @@ def load_model(
     return model.to(device).eval(), {**checkpoint, "config": config}
 
 
-# --- a training ---
+# --- a model in training ---
 
 
 @dataclass
 class Training:
-    """A model in training, and everything else that a checkpoint has to hold to go on."""
+    """A model in training, and the rest of what a checkpoint needs to resume."""
 
     model: SparseRCNN
     optimizer: Optimizer
@@ -301,11 +313,12 @@ class Training:
     epoch: int = 0  # epochs finished, evaluation included
     step: int = 0  # batches taken, those that were skipped included
     best: float = -1.0  # best AP so far, as a fraction of 1
-    bad_in_a_row: int = 0  # steps that were skipped, up to now
-    sums: dict[str, float] = field(default_factory=dict)  # over the epoch, of what the report means
+    bad_in_a_row: int = 0  # consecutive steps that were skipped
+    # Sums over the epoch so far; the report divides them by the number of steps.
+    sums: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parallel = ParallelModel(self.model, self.world)
+        self.parallel_model = ParallelModel(self.model, self.world)
         is_fp16 = self.config.amp == "fp16"
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=is_fp16)
 
@@ -361,7 +374,7 @@ class Training:
 
         Raises:
             UserError: the checkpoint is of another model, batch size or data set, or was not
-                written by a training.
+                written by a training run.
         """
         self._check_resumable(checkpoint, path)
         load_strictly(self.model, checkpoint["model"], path)
@@ -385,8 +398,8 @@ class Training:
     def _check_resumable(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         if missing := [key for key in _TRAINING_KEYS if key not in checkpoint]:
             raise UserError(
-                f"{path}: no training can be resumed from it, it lacks {', '.join(missing)}; try "
-                "--weights"
+                f"{path}: cannot be resumed, it is not a checkpoint of a training run (it lacks "
+                f"{', '.join(missing)}); try --weights"
             )
 
         schedule = checkpoint["schedule"]  # without the sizes in checkpoints of earlier versions
@@ -396,7 +409,7 @@ class Training:
         is_same = (batch_size, num_images) == (self.config.batch_size, self.num_images)
         if not (is_same and 0 <= steps_into_epoch <= self.steps_per_epoch):
             raise UserError(
-                f"{path}: epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']} of a training "
+                f"{path}: epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']} of a run "
                 f"on {num_images} images with --batch-size {batch_size}; here are "
                 f"{self.num_images} images, and --batch-size {self.config.batch_size}. Resume with "
                 "the same, or start another run with --weights"

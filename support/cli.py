@@ -1,4 +1,4 @@
-"""What all command lines share: how they are read, how they end, and which device they run on."""
+"""What all command lines share: how they are read and how they end."""
 
 import argparse
 import contextlib
@@ -26,8 +26,6 @@ from config import (
 )
 from support.errors import UserError, first_line
 
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 # The groups of `--help`, the everyday ones first.
 GROUPS = {
     "data": DataConfig,
@@ -35,9 +33,8 @@ GROUPS = {
     "model": ModelConfig,
     "matching_and_loss": LossConfig,
 }
-BUG_EXIT_CODE = (
-    70  # "internal software error" in BSD's sysexits.h; Python's own 1 is taken, see `run_main`
-)
+# "Internal software error" in BSD's sysexits.h. Python's own 1 has another meaning, see `run_main`.
+BUG_EXIT_CODE = 70
 
 
 def preset_from(argv: Sequence[str]) -> Config:
@@ -94,39 +91,6 @@ def parse_args(
     return replace(parsed.run, config=Config(**values))
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA if there is any, else Apple's MPS, else the CPU.
-
-    Raises:
-        UserError: torch does not know the device, or the machine does not have it.
-    """
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {first_line(error)}; try auto or cpu") from None
-    return device
-
-
-def check_compiler(device: torch.device) -> None:
-    """Tries torch.compile on one addition, before minutes are spent on a model.
-
-    Raises:
-        UserError: it does not work here, for example because there is no C++ compiler.
-    """
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-    except Exception as error:  # the compilers' errors have no base class of their own
-        raise UserError(
-            f"--compile: torch.compile does not work here ({first_line(error)}); install a C++ "
-            "compiler such as g++, or leave out --compile"
-        ) from None
-
-
 def duration(seconds: float) -> str:
     """Seconds as a person would say them: 4.2 s, 3 min 07 s, 2 h 05 min."""
     if seconds < 60:
@@ -162,6 +126,14 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
         return status
     except (UserError, OSError, FloatingPointError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"{prog}: the GPU's memory is full ({first_line(error)}); take fewer images at a time "
+            "(--micro-batch in training, which changes no result; --batch-size elsewhere), "
+            "--amp bf16, or a smaller --max-size",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped by Ctrl-C", file=sys.stderr)

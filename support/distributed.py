@@ -1,4 +1,4 @@
-"""Several processes that train as one: who they are, and what they tell one another.
+"""Several processes that train as one: their ranks, and the values they exchange.
 
 The recipe is the same with any number of processes. Every loss is divided by the number of objects
 in the whole batch, and gradients are summed over the processes, so eight processes compute the
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from support.cli import pick_device
+from support.devices import pick_device
 from support.errors import NotFinite, UserError
 
 
@@ -103,6 +103,11 @@ def join_world(device_name: str) -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(device)
         return
+    if device.type == "mps":
+        raise UserError(
+            "--device mps: several processes need CUDA or the CPU; give --device cpu, or leave out "
+            "torchrun"
+        )
 
     # A process that waits longer than this for the others gives up: an error is better than a hang.
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -123,7 +128,7 @@ def join_world(device_name: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-class _Quiet(nn.Module):
+class _KeepsError(nn.Module):
     """A model that keeps a `FloatingPointError` as `problem` and returns no losses."""
 
     def __init__(self, model: nn.Module):
@@ -141,7 +146,7 @@ class _Quiet(nn.Module):
 
 
 class ParallelModel:
-    """The model that all processes train together: `DistributedDataParallel` that skips together.
+    """`DistributedDataParallel` in which a failed forward pass fails in all processes.
 
     A process that raised an error in the middle of DistributedDataParallel's forward pass would
     leave it in a state that the others do not share. One that went on alone would wait for the
@@ -150,8 +155,8 @@ class ParallelModel:
 
     def __init__(self, model: nn.Module, world: World):
         self.world = world
-        self.quiet = _Quiet(model)
-        self.replica = DistributedDataParallel(self.quiet) if world.size > 1 else self.quiet
+        self.guarded = _KeepsError(model)
+        self.replica = DistributedDataParallel(self.guarded) if world.size > 1 else self.guarded
 
     def __call__(
         self,
@@ -170,11 +175,11 @@ class ParallelModel:
         Raises:
             NotFinite: in all processes, if the losses of one of them cannot be computed.
         """
-        alone = contextlib.nullcontext()
+        sync_or_not = contextlib.nullcontext()
         if not is_last and self.world.size > 1:
-            alone = self.replica.no_sync()
-        with alone:
+            sync_or_not = self.replica.no_sync()
+        with sync_or_not:
             losses = self.replica(images, targets, num_objects)
-        if self.world.sum(self.quiet.problem is not None)[0]:
-            raise NotFinite(self.quiet.problem)
+        if self.world.sum(self.guarded.problem is not None)[0]:
+            raise NotFinite(self.guarded.problem)
         return losses

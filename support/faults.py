@@ -1,4 +1,4 @@
-"""What goes wrong in a training: signals, steps that are not finite, time between checkpoints."""
+"""What can go wrong during training: signals, steps that are not finite, data that fails."""
 
 import contextlib
 import signal
@@ -33,7 +33,7 @@ def statistics_restored(model: nn.Module) -> Iterator[None]:
 
 
 def check_batch_norms(training: Training, batch_size: int) -> None:
-    """Finds out before the first step whether trained batch norms have more than one value.
+    """Checks before the first step that trained batch norms see more than one value per channel.
 
     Args:
         training: its model and config.
@@ -48,26 +48,25 @@ def check_batch_norms(training: Training, batch_size: int) -> None:
     smallest_px = min(training.config.min_sizes)
     if is_trained and smallest_part == 1 and smallest_px <= 32:
         raise UserError(
-            f"train: batch norms cannot learn from one image of {smallest_px} pixels at a time; "
+            f"batch norms cannot learn from one image of {smallest_px} pixels at a time; "
             "give a larger --batch-size, --micro-batch or --min-sizes"
         )
 
 
 def skip(training: Training, image_ids: list[int], error: NotFinite) -> dict[str, float]:
-    """Leaves a step out: one bad batch should not cost a run. The authors' code ends the run.
+    """Counts a skipped step: one bad batch should not cost a run. The authors' code ends the run.
 
     Args:
-        training: its gradients are cleared, its skipped steps counted.
+        training: counts the steps that were skipped in a row.
         image_ids: this process's images of the step.
         error: what happened.
 
     Returns:
-        What the report counts in place of losses.
+        The values for `Report.step`, in place of losses.
 
     Raises:
         UserError: `max_bad_steps` steps in a row were skipped; names the images and what to try.
     """
-    training.optimizer.zero_grad(set_to_none=True)
     training.bad_in_a_row += 1
     if training.bad_in_a_row < training.config.max_bad_steps:
         return {"bad_steps": 1.0}
@@ -76,8 +75,8 @@ def skip(training: Training, image_ids: list[int], error: NotFinite) -> dict[str
     causes = [f"{problem} (image ids {ids})" for problem, ids in reports if problem]
     rate = training.optimizer.param_groups[0]["lr"]
     raise UserError(
-        f"{training.bad_in_a_row} steps in a row were not finite: {'; '.join(causes)}. The last "
-        f"checkpoint is from before. Try a lower --lr (it was {rate:.2g} for batches of "
+        f"{training.bad_in_a_row} steps in a row were not finite: {'; '.join(causes)}. "
+        f"last.pt was written before them. Try a lower --lr (it was {rate:.2g} for batches of "
         f"{training.config.batch_size}), --amp off or bf16 instead of fp16, and --check-data for "
         "the boxes"
     )
@@ -93,8 +92,11 @@ def saved_if_loading_fails(training: Training, path: Path) -> Iterator[None]:
         raise
 
 
-class Stopped(Exception):
-    """A signal came while the process was waiting; `StopSignal.signal` says which."""
+class Stopped(BaseException):
+    """A signal came while the process was waiting for data; `StopSignal.signal` says which.
+
+    A BaseException, as KeyboardInterrupt is: `except Exception` around a decoder must not catch it.
+    """
 
 
 class StopSignal:
@@ -123,8 +125,8 @@ class StopSignal:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
-    def of_any(self, world: World) -> int | None:
-        """The signal that some process got, or None; all processes have to call this."""
+    def agreed(self, world: World) -> int | None:
+        """The signal that any process received, or None; all processes have to call this."""
         signals = [number for number in world.gather(self.signal) if number is not None]
         if signals:
             self.signal = signals[0]
@@ -134,8 +136,10 @@ class StopSignal:
     def obeyed(self, text: str) -> Iterator[None]:
         """Inside, a signal ends the process at once, with `text` and the usual exit code."""
         self._text = text
-        yield
-        self._text = None
+        try:
+            yield
+        finally:
+            self._text = None
 
     @contextlib.contextmanager
     def ends_waiting(self) -> Iterator[None]:
@@ -167,7 +171,7 @@ class Clock:
         self.last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether the minutes have passed since the last time that this was so."""
+        """Whether the minutes have passed since the last checkpoint that this clock asked for."""
         now = time.monotonic()
         if now - self.last < self.seconds:
             return False

@@ -6,13 +6,14 @@ matter which process or worker does it. So one process and eight see the same ba
 that is resumed sees what it would have seen.
 
 Wide and tall images are shuffled separately, in batches of the whole effective size. The authors'
-code groups them too, but in every process as images come, so that the order depends on the number
-of processes.
+code groups them too, but separately in each process, in order of arrival, so that their order
+depends on the number of processes.
 """
 
 import math
 import os
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -45,10 +46,10 @@ class Batch(NamedTuple):
     images: list[Tensor]  # each (3, H, W) uint8
     targets: list[Target]  # see data.py
     num_objects: float  # in the whole batch, over all processes
-    num_images: int = 0  # likewise
-    is_save_due: bool = False  # a checkpoint is to be written after this step
-    started: float = 0.0  # time.perf_counter() before this batch was waited for
-    data_seconds: float = 0.0  # that this process waited for it
+    num_images: int = 0  # in the whole batch, over all processes
+    is_save_due: bool = False  # a checkpoint is due after this step
+    started: float = 0.0  # time.perf_counter() before the batch was loaded
+    data_seconds: float = 0.0  # how long this process waited for it
 
     @property
     def image_ids(self) -> list[int]:
@@ -67,10 +68,10 @@ class Batch(NamedTuple):
 def fetch(
     loader: DataLoader, world: World, epoch: int, first: int, stop: StopSignal, clock: Clock
 ) -> Iterator[Batch]:
-    """The batches of an epoch from number `first` on; ends early if a signal asks any process to.
+    """The batches of an epoch from number `first` on; ends early if any process gets a signal.
 
-    Before each step the processes tell one another how many objects they have, whether one of them
-    was asked to stop, whether one failed to load an image, and whether a checkpoint is due.
+    Before each step the processes exchange how many objects they have, whether any of them was
+    asked to stop or failed to load an image, and whether a checkpoint is due.
 
     Raises:
         LoadingFailed: in all processes, if one of them cannot load an image.
@@ -86,7 +87,8 @@ def fetch(
         except Stopped:
             pass  # the others hear of it below
         except (UserError, OSError, RuntimeError) as problem:  # only this process has met it
-            error = LoadingFailed(loading_problem(problem))
+            if stop.signal is None:  # otherwise the workers may have got the signal too
+                error = LoadingFailed(loading_problem(problem))
         data_seconds = time.perf_counter() - started
 
         num_objects, num_images, stops, saves, errors = world.sum(
@@ -117,7 +119,7 @@ def loading_problem(error: Exception) -> str:
     if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed" in text):
         return (
             f"a process that loads images was killed ({text}), often because the memory is full; "
-            "go on with --resume auto and fewer --workers"
+            "continue with --resume auto and fewer --workers"
         )
     if "open files" in str(error) or "ancdata" in str(error):
         return f"too many open files ({text}); raise the limit (ulimit -n) or give fewer --workers"
@@ -176,7 +178,7 @@ class GroupedBatches(Sampler):
         return self.batch_size // self.world_size
 
     def seek(self, epoch: int, first: int) -> None:
-        """Lets the next iteration be that of `epoch`, from batch number `first` on."""
+        """Makes the next iteration start at batch number `first` of `epoch`."""
         self.epoch, self.first = epoch, first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -384,6 +386,8 @@ def _start_worker(worker_id: int) -> None:
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    else:  # Windows has no process groups, and ends workers in another way
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""What a training tells: a summary, a progress bar, a line per epoch, TensorBoard, curves."""
+"""What a run reports: a summary, a progress bar, a line per epoch, TensorBoard, curves."""
 
 import json
 import math
@@ -24,6 +24,7 @@ from support.loader import Batch
 from support.plots import plot_curves
 
 LOSSES = ("loss", "loss_cls", "loss_l1", "loss_giou")
+LOCK_TIMEOUT_S = 10
 PATHS = ("train_json", "train_images", "val_json", "val_images")
 
 
@@ -51,7 +52,7 @@ def prepare_output(folder: Path, resume: str | None) -> filelock.BaseFileLock:
     """Makes the output folder and takes it for this run, before the first epoch is spent on it.
 
     Returns:
-        A lock that other runs find taken until this process ends, however it ends.
+        A lock that other runs find taken until this one has ended, however it ends.
 
     Raises:
         UserError: another run is writing into the folder, or an earlier one is in it.
@@ -60,16 +61,17 @@ def prepare_output(folder: Path, resume: str | None) -> filelock.BaseFileLock:
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        # The workers of a run that was killed hold it for a few seconds more.
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
     except filelock.Timeout:
         raise UserError(
-            f"{folder}: another training is writing into this folder; give another --output"
+            f"{folder}: another run is writing to this folder; give another --output"
         ) from None
     goes_on = resume is not None and Path(resume).resolve().parent == folder.resolve()
     if (folder / "last.pt").exists() and not goes_on:
         raise UserError(
-            f"{folder} holds another run (last.pt): go on with --resume auto, or give another "
-            "--output"
+            f"{folder} holds another run (last.pt): continue it with --resume auto, or give "
+            "another --output"
         )
     return lock
 
@@ -137,7 +139,7 @@ def print_summary(
 
 
 class Report:
-    """Takes the values of every step and writes what a user sees of them.
+    """Collects the values of every step, prints them and writes them to files.
 
     The main process writes metrics.jsonl, config.json, TensorBoard events and curves.png into the
     output folder, and shows progress. The others only add up the values for the checkpoint.
@@ -158,7 +160,8 @@ class Report:
         config = json.dumps(training.config.to_dict(), indent=2)
         (output / "config.json").write_text(config + "\n", encoding="utf-8")
         self._forget_later_epochs()
-        self.board = SummaryWriter(str(output))
+        # Events after the checkpoint, from a run that was cut off, are hidden.
+        self.board = SummaryWriter(str(output), purge_step=training.step)
 
     def _forget_later_epochs(self) -> None:
         old = self.lines.read_text(encoding="utf-8") if self.lines.exists() else ""
@@ -187,21 +190,23 @@ class Report:
             print(text, flush=True)
 
     def start_epoch(self) -> None:
-        """A new progress bar; none if standard error is no terminal."""
+        """New sums, unless the run was resumed in mid-epoch, and a new progress bar."""
         training = self.training
+        if training.steps_into_epoch == 0:
+            training.sums.clear()
         self.bar = tqdm(
             total=training.steps_per_epoch,
             initial=training.steps_into_epoch,
             desc=f"epoch {training.epoch + 1}/{training.config.epochs}",
             unit="step",
-            disable=None if self.is_main else True,
+            disable=None if self.is_main else True,  # None: only on a terminal
         )
 
     def step(self, batch: Batch, values: dict[str, float]) -> None:
         """Adds a step's values to the epoch's and shows them.
 
         Args:
-            batch: of the step.
+            batch: what was trained on.
             values: losses and gradient norm, or `{"bad_steps": 1}` for a step that was skipped.
         """
         seconds = time.perf_counter() - batch.started
@@ -225,9 +230,16 @@ class Report:
             for name in (*LOSSES, "grad_norm"):
                 self.board.add_scalar(f"step/{name}", values[name], self.training.step)
 
-    def end_steps(self) -> None:
-        """The steps of the epoch are over, or stopped."""
-        self.bar.close()
+    def say_stopped(self, number: int) -> None:
+        """For a run that was stopped by a signal, after its checkpoint was written."""
+        where = f"step {self.training.step}; saved {self.output / 'last.pt'}"
+        self.say(f"stopped by signal {number} at {where}")
+
+    def say_written(self) -> None:
+        """For the end of a run: what is in the output folder."""
+        if self.is_main:
+            files = sorted(p.name for p in self.output.iterdir() if not p.name.startswith("."))
+            print(f"written: {', '.join(files)} in {self.output}", flush=True)
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """The epoch's line in metrics.jsonl and on the terminal, its events, and the curves.
@@ -238,6 +250,7 @@ class Report:
         Raises:
             OSError: a file cannot be written.
         """
+        self.bar.close()
         if not self.is_main:
             return
         training = self.training

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 
 from config import PRESETS, Config
-from support.cli import parse_args, pick_device, preset_from, run_main
+from support.cli import parse_args, preset_from, run_main
+from support.devices import pick_device
 from support.errors import UserError
 from train import TrainArgs, learning_rate
 

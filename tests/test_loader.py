@@ -118,6 +118,33 @@ def test_a_signal_is_obeyed_while_a_batch_is_waited_for(workers: int) -> None:
             signal.signal(number, handler)
 
 
+class Decoder(torch.utils.data.Dataset):
+    """Reads an image as data.py does: whatever goes wrong with a file becomes a `UserError`."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except Exception as error:
+            raise UserError("a.jpg: cannot be read as an image") from error
+
+
+def test_ctrl_c_while_an_image_is_decoded_does_not_blame_the_image() -> None:
+    batches = GroupedBatches(np.array([[2, 3], [2, 3]]), 2, seed=0)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with StopSignal() as stop:
+            loader = make_loader(Decoder(), batches, workers=0, reseeded=True)
+            assert list(fetch(loader, CPU, 0, 0, stop, Clock(1))) == []
+            assert stop.signal == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Deadly(torch.utils.data.Dataset):
     """An image whose worker gets killed, as by a system without memory."""
 

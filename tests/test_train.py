@@ -22,6 +22,7 @@ from data import CocoDataset, make_dataset
 from evaluate import evaluate
 from model import SparseRCNN, build_model
 from shapes import ShapesDataset
+from support import report
 from support.checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
 from support.errors import UserError
 from train import main, train_step
@@ -341,6 +342,17 @@ def test_resuming_does_not_overwrite_another_run(
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_a_second_run_does_not_write_into_the_folder_of_a_first(
+    module_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "LOCK_TIMEOUT_S", 0.1)
+    lock = report.prepare_output(tmp_path, None)
+    with pytest.raises(UserError, match="another run is writing to this folder"):
+        main([*module_flags, "--output", str(tmp_path)])
+    lock.release()  # as the system does for a process that is killed
+    assert main([*module_flags, "--output", str(tmp_path)]) == 0
+
+
 def test_flags_of_a_resumed_run_are_obeyed(uninterrupted: Path, tmp_path: Path) -> None:
     flags = [
         "--resume",
@@ -369,8 +381,12 @@ def test_what_cannot_be_resumed(
     two_classes = make_coco(categories={1: "a", 2: "b"}, num_images=12)
     with pytest.raises(UserError, match=r"classes \['a', 'b'\] differ"):
         main([*flags, *data_flags(two_classes)])
-    with pytest.raises(UserError, match="step 6"):
+    with pytest.raises(UserError, match="step 6 .*12 images.*here are 4 images"):
         main([*flags, "--shapes-train", "4"])
+    with pytest.raises(UserError, match="--batch-size 4; here are 12 images, and --batch-size 2"):
+        main([*flags, "--batch-size", "2"])
+    with pytest.raises(UserError, match="a run of --preset shapes; leave out --preset"):
+        main([*flags, "--preset", "r50-100"])
     plain = {
         k: v
         for k, v in load_checkpoint(last).items()
@@ -414,7 +430,7 @@ def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
 
 
 def kill_again_and_again(times: int, flags: list[str], output: Path) -> None:
-    """SIGKILL at random moments, also while it writes, then to the end: a checkpoint always loads."""
+    """SIGKILL at random moments, also in a write, then to the end: a checkpoint always loads."""
     rng, step, kills = random.Random(times), 0, 0
     for _ in range(times):
         process = start(flags, output)
