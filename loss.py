@@ -1,15 +1,17 @@
-"""Loss: focal + L1 + GIoU on the matched pairs, summed over all stages (slides: "prediction loss").
+"""Loss: what the predictions of all stages cost, once each object has been given to a proposal.
 
     L = λ_cls · L_cls + λ_L1 · L_L1 + λ_giou · L_giou,    λ = 2, 5, 2
 
-In:  every stage's predictions, the objects of each image, and a matcher that says which proposal answers for which.
-Out: a dict of weighted scalars `loss_cls_i`, `loss_l1_i`, `loss_giou_i` for stages i = 0 … S − 1; their sum is what to
-     minimise.
+(paper, "Set prediction loss", equation 1). Every stage is trained alike. The class loss is over
+*all* proposals, because an unmatched one has to learn to give every class a low score. The two box
+losses are over matched pairs only. Each is a sum, divided by the number of objects.
 
-The class loss is over *all* proposals, an unmatched one having zeros as its target; the box losses are over matched
-pairs only. Each is a sum divided by the number of objects, not a mean over proposals.
+In:  the predictions of every stage, the objects of each image, and a matcher that pairs them.
+Out: a dict of 3·S weighted scalars `loss_cls_i`, `loss_l1_i`, `loss_giou_i`, i = 0 … S − 1, whose
+     sum is what to minimise.
 
-Shapes: S stages, B images, N proposals, K classes, M objects in the whole batch, P matched pairs.
+Shapes: S stages, B images, N proposals per image, K classes; M objects in all images together, P
+matched pairs.
 
 The file imports nothing of this project, the matcher being an argument: copied alone it runs.
 
@@ -20,18 +22,13 @@ The file imports nothing of this project, the matcher being an argument: copied 
 ...     image: torch.Tensor
 ...     proposal: torch.Tensor
 ...     object: torch.Tensor
->>> matcher = lambda *predictions_and_targets: Pairs(*torch.tensor([[0], [0], [1], [0]]))  # object 0 to proposal 1
->>> logits, boxes_px = torch.zeros(1, 1, 3, 4), torch.tensor([0.0, 0.0, 8.0, 8.0]).expand(1, 1, 3, 4)
+>>> matcher = lambda *_: Pairs(*torch.tensor([[0], [0], [1], [0]]))  # object 0 to proposal 1
+>>> logits = torch.zeros(1, 1, 3, 4)  # one stage, one image, three proposals, four classes
+>>> boxes_px = torch.tensor([0.0, 0.0, 8.0, 8.0]).expand(1, 1, 3, 4)
 >>> targets = [{"boxes": torch.tensor([[0.0, 0.0, 8.0, 8.0]]), "labels": torch.tensor([2])}]
 >>> losses = SetCriterion(matcher)(logits, boxes_px, targets, whwh_px=torch.full((1, 4), 32.0))
 >>> {name: round(loss.item(), 3) for name, loss in losses.items()}
 {'loss_cls_0': 2.946, 'loss_l1_0': 0.0, 'loss_giou_0': 0.0}
-
-Deviations (ours | paper | authors' code | why)
-    the class loss is over all proposals | "only performed on matched pairs" | as ours | unmatched proposals have to
-        learn to be silent
-    sums are divided by max(1, objects in the whole effective batch) | — | max(1, mean objects a process) | with the
-        gradients summed over processes it is the same, unless a batch has fewer objects than processes
 """
 
 from collections.abc import Callable, Sequence
@@ -42,11 +39,12 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 
 class SetCriterion(nn.Module):
-    """The set prediction loss of all stages at once.
+    """The set prediction loss of all stages.
 
     Args:
-        matcher: called with (logits, boxes_px, targets, whwh_px); returns the matched pairs as four (P,) int64 tensors
-            `stage`, `image`, `proposal`, `object` (see `matcher.Assignment`).
+        matcher: called with (logits, boxes_px, targets, whwh_px), returns the matched pairs as four
+            (P,) int64 tensors: stage, image, proposal, and object as an index into the concatenated
+            targets (see `matcher.Assignment`).
         class_weight, l1_weight, giou_weight: λ of the three terms.
         alpha, gamma: of the focal loss.
     """
@@ -62,8 +60,11 @@ class SetCriterion(nn.Module):
     ):
         super().__init__()
         self.matcher = matcher
-        self.weights = {"cls": class_weight, "l1": l1_weight, "giou": giou_weight}
-        self.alpha, self.gamma = alpha, gamma
+        self.class_weight = class_weight
+        self.l1_weight = l1_weight
+        self.giou_weight = giou_weight
+        self.alpha = alpha
+        self.gamma = gamma
 
     def forward(
         self,
@@ -73,47 +74,69 @@ class SetCriterion(nn.Module):
         whwh_px: Tensor,
         num_objects: float | Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Matches, then sums.
+        """Matches, then computes the losses.
 
         Args:
-            logits: (S, B, N, K), before the sigmoid; any float dtype, the losses are computed in float32.
+            logits: (S, B, N, K), before the sigmoid; any float dtype, the loss is float32.
             boxes_px: (S, B, N, 4) xyxy pixels.
-            targets: B dicts with `boxes` (objects, 4) xyxy pixels and `labels` (objects,) int64 in 0 … K − 1.
-            whwh_px: (B, 4), each image's width, height, width, height before padding.
-            num_objects: what to divide by, at least 1. Where the batch is only a part of the effective one (several
-                processes, accumulated gradients), the objects of all parts; by default those in `targets`.
+            targets: B dicts with `boxes` (objects, 4) xyxy pixels and `labels` (objects,) int64 in
+                0 … K − 1.
+            whwh_px: (B, 4), the width, height, width, height of each image before padding.
+            num_objects: what to divide by; by default the objects in `targets`. If these images are
+                only a part of the batch (several processes, accumulated gradients), pass the number
+                of objects in the whole batch, so that the parts add up to its loss.
 
         Returns:
             3·S float32 scalars, weighted by λ.
 
         Raises:
-            FloatingPointError: from the matcher, where a prediction is not finite.
+            FloatingPointError: from the matcher, if a prediction is not finite.
         """
+        S = len(logits)
         logits, boxes_px = logits.float(), boxes_px.float()
-        stage, image, proposal, object_index = self.matcher(logits, boxes_px, targets, whwh_px)
+        stage, image, proposal, obj = self.matcher(logits, boxes_px, targets, whwh_px)  # (P,) each
+
+        # The pairs: what was predicted, and the object that it should have been.
+        predicted_px = boxes_px[stage, image, proposal]  # (P, 4)
+        object_px = torch.cat([target["boxes"] for target in targets]).float()[obj]  # (P, 4)
         labels = torch.cat([target["labels"] for target in targets])  # (M,)
-        target_boxes = torch.cat([target["boxes"] for target in targets]).float()[
-            object_index
-        ]  # (P, 4)
-        matched_boxes = boxes_px[stage, image, proposal]  # (P, 4)
 
-        # Sparse targets: a one where a matched proposal has its object's class, zeros everywhere else.
-        one_hot = torch.zeros_like(logits)
-        one_hot[stage, image, proposal, labels[object_index]] = 1.0
-        focal = sigmoid_focal_loss(logits, one_hot, self.alpha, self.gamma)  # (S, B, N, K)
+        # Class: focal loss ("Focal Loss", equation 5) on K independent sigmoids per proposal.
+        #   FL = −α_t (1 − p_t)^γ log(p_t)
+        # with p_t = p, α_t = α where the target is 1, and p_t = 1 − p, α_t = 1 − α where it is 0.
+        # According to the paper the loss is "only performed on matched pairs". But then nothing
+        # would teach the other proposals to stay silent: as in the authors' code, this term is over
+        # all proposals, and the targets of those without an object are 0 for every class.
+        target_classes = torch.zeros_like(logits)  # (S, B, N, K)
+        target_classes[stage, image, proposal, labels[obj]] = 1.0
+        focal = sigmoid_focal_loss(logits, target_classes, self.alpha, self.gamma)  # (S, B, N, K)
+        loss_cls = focal.sum(dim=(1, 2, 3))  # (S,)
 
-        # Shares of the unpadded image, so that an object's weight does not depend on the picture's resolution.
-        whwh = whwh_px[image]  # (P, 4)
-        l1 = (matched_boxes / whwh - target_boxes / whwh).abs().sum(-1)  # (P,)
-        giou = generalized_box_iou_loss(matched_boxes, target_boxes)  # (P,), 1 − GIoU
+        # L1: the distance of the corners, in fractions of the image's width W and height H, so that
+        # large images do not count more. The paper has centre, width and height in place of the
+        # corners; the authors' code has the corners.
+        #   L_L1 = |x1 − x1*| / W + |y1 − y1*| / H + |x2 − x2*| / W + |y2 − y2*| / H
+        whwh_px = whwh_px[image]  # (P, 4)
+        l1 = (predicted_px / whwh_px - object_px / whwh_px).abs().sum(-1)  # (P,)
+        loss_l1 = logits.new_zeros(S).index_add(0, stage, l1)  # (S,), the sum over a stage's pairs
 
-        def per_stage(pair_losses: Tensor) -> Tensor:  # (P,) -> (S,)
-            return logits.new_zeros(len(logits)).index_add(0, stage, pair_losses)
+        # GIoU (Rezatofighi et al., 2019): overlap, and how far apart boxes are that do not overlap.
+        #   L_giou = 1 − GIoU
+        #   GIoU = |A ∩ B| / |A ∪ B| − |C − (A ∪ B)| / |C|,    C the smallest box around A and B
+        giou = generalized_box_iou_loss(predicted_px, object_px)  # (P,)
+        loss_giou = logits.new_zeros(S).index_add(0, stage, giou)  # (S,)
 
-        sums = {"cls": focal.sum(dim=(1, 2, 3)), "l1": per_stage(l1), "giou": per_stage(giou)}
-        divisor = max(1, len(labels) if num_objects is None else num_objects)
+        # "Normalized by the number of objects inside the training batch" (paper), not by proposals:
+        # nearly all are easy negatives, and the more of them, the less an object would count. At
+        # least 1, because a batch without objects still has a class loss.
+        num_objects = max(1, len(labels) if num_objects is None else num_objects)
+        losses = {
+            "loss_cls": self.class_weight * loss_cls / num_objects,
+            "loss_l1": self.l1_weight * loss_l1 / num_objects,
+            "loss_giou": self.giou_weight * loss_giou / num_objects,
+        }
         return {
-            f"loss_{name}_{i}": loss
-            for name, losses in sums.items()
-            for i, loss in enumerate((self.weights[name] * losses / divisor).unbind())
+            f"{name}_{i}": loss
+            for name, stage_losses in losses.items()
+            for i, loss in enumerate(stage_losses)
         }

@@ -1,13 +1,18 @@
-"""Matching: which proposal answers for which object, one to one (slides: "prediction loss").
+"""Matching: decides which proposal answers for which object, one to one.
 
-In:  every stage's predictions and the objects of each image.
-Out: an `Assignment`, the list of matched (stage, image, proposal, object).
+Every object is given to exactly one proposal, and all other proposals learn to say "nothing here".
+A second proposal on the same object is therefore a mistake that the loss punishes, and this is why
+no NMS is needed afterwards. Of all one-to-one assignments the cheapest is taken, by the cost
 
-Because every object is given to exactly one proposal and all other proposals are told "nothing here", a second proposal
-on the same object is a mistake that the loss punishes. That is why no NMS is needed afterwards.
+    C = λ_cls · C_cls + λ_L1 · C_L1 + λ_giou · C_giou,    λ = 2, 5, 2
 
-Shapes: S stages, B images, N proposals, K classes; M objects in all images of the batch together, in their order; P
-matched pairs, S · Σ over images of min(objects of the image, N).
+(paper, "Set prediction loss", equation 1, and "Training details").
+
+In:  the predictions of every stage, and the objects of each image.
+Out: an `Assignment`: the stage, image, proposal and object of every matched pair.
+
+Shapes: S stages, B images, N proposals per image, K classes; M objects in all images together, in
+the order of the targets; P matched pairs: S · the sum over the images of min(objects, N).
 
 The file imports nothing of this project: copied alone it runs.
 
@@ -15,14 +20,9 @@ The file imports nothing of this project: copied alone it runs.
 >>> logits = torch.tensor([[[[-5.0], [5.0]]]])  # one stage, one image, two proposals, one class
 >>> boxes_px = torch.tensor([[[[0.0, 0.0, 4.0, 4.0], [10.0, 10.0, 20.0, 20.0]]]])
 >>> targets = [{"boxes": torch.tensor([[10.0, 10.0, 19.0, 20.0]]), "labels": torch.tensor([0])}]
->>> HungarianMatcher()(logits, boxes_px, targets, whwh_px=torch.tensor([[32.0, 32.0, 32.0, 32.0]])).proposal
+>>> whwh_px = torch.tensor([[32.0, 32.0, 32.0, 32.0]])
+>>> HungarianMatcher()(logits, boxes_px, targets, whwh_px).proposal
 tensor([1])
-
-Deviations (ours | paper | authors' code | why)
-    matching makes one transfer to the host a step | — | one a stage | each waits for the device; the same assignment
-    only an image's own objects are compared with its proposals | — | all objects of the batch | B times less work
-    of more objects than proposals, as many as there are proposals get one | — | crashed in early versions | real data
-        has such images
 """
 
 from collections.abc import Sequence
@@ -35,33 +35,19 @@ from torch import Tensor, nn
 
 
 class Assignment(NamedTuple):
-    """Matched pairs of all stages and images; each field is (P,) int64 on the predictions' device."""
+    """Matched pairs of all stages and images; each field is (P,) int64 on the logits' device."""
 
     stage: Tensor  # 0 … S − 1
     image: Tensor  # 0 … B − 1
     proposal: Tensor  # 0 … N − 1
-    object: Tensor  # 0 … M − 1, counted through the batch: an index into the concatenated targets
-
-
-def _generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU of boxes (…, 4) xyxy pair by pair, broadcast. torchvision's compares all with all, its loss adds masks."""
-    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
-    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
-    overlap = (
-        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
-        .clamp(min=0)
-        .prod(-1)
-    )
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    union = area_a + area_b - overlap
-    return overlap / union - (hull - union) / hull
+    object: Tensor  # 0 … M − 1, an index into the concatenated targets
 
 
 class HungarianMatcher(nn.Module):
-    """Assigns objects to proposals at the least total cost: 2 · focal + 5 · L1 + 2 · (−GIoU).
+    """Finds the assignment with the least total cost, for every stage of every image.
 
     Args:
-        class_weight, l1_weight, giou_weight: λ of the three terms (slides: "prediction loss").
+        class_weight, l1_weight, giou_weight: λ of the three terms of the cost.
         alpha, gamma: of the focal term.
     """
 
@@ -74,8 +60,11 @@ class HungarianMatcher(nn.Module):
         gamma: float = 2.0,
     ):
         super().__init__()
-        self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
-        self.alpha, self.gamma = alpha, gamma
+        self.class_weight = class_weight
+        self.l1_weight = l1_weight
+        self.giou_weight = giou_weight
+        self.alpha = alpha
+        self.gamma = gamma
 
     def cost(
         self,
@@ -84,37 +73,48 @@ class HungarianMatcher(nn.Module):
         targets: Sequence[dict[str, Tensor]],
         whwh_px: Tensor,
     ) -> Tensor:
-        """What it costs to give each object to each proposal of its own image: (M, S, N) float32, all on the device.
+        """What it costs to give an object to a proposal; the arguments are those of `forward`.
 
-        Arguments as for `forward`.
+        Returns:
+            (M, S, N) float32: for each object, all proposals of its own image in all stages. No
+            other image's proposals are compared with it, because it cannot be given to them.
         """
-        sizes = [len(target["labels"]) for target in targets]
-        labels = torch.cat([target["labels"] for target in targets])  # (M,)
-        boxes = torch.cat([target["boxes"] for target in targets]).float()[
-            :, None, None
-        ]  # (M, 1, 1, 4)
-        image = torch.arange(len(sizes), device=logits.device).repeat_interleave(
-            torch.tensor(sizes, device=logits.device), output_size=sum(sizes)
-        )  # (M,)
+        # Row m of everything below belongs to object m: its class, its box, and its image.
+        label = torch.cat([target["labels"] for target in targets])  # (M,)
+        object_px = torch.cat([target["boxes"] for target in targets]).float()[:, None]  # (M, 1, 4)
+        image = torch.cat([torch.full_like(t["labels"], i) for i, t in enumerate(targets)])  # (M,)
+        whwh_px = whwh_px[image][:, None]  # (M, 1, 4)
 
-        # Each object needs one column of its own image's logits, the one of its class. Indexing stages with a slice
-        # between the two indices moves M to the front.
-        own_logits = logits[:, image, :, labels].float()  # (M, S, N)
-        own_boxes = boxes_px[:, image].float().transpose(0, 1)  # (M, S, N, 4)
+        costs = []
+        for stage_logits, stage_boxes_px in zip(logits, boxes_px, strict=True):
+            # What the N proposals of its image predict: a logit for the object's class, and a box.
+            logit = stage_logits.transpose(1, 2)[image, label].float()  # (B, K, N) -> (M, N)
+            box_px = stage_boxes_px[image].float()  # (B, N, 4) -> (M, N, 4)
 
-        # Focal loss as a cost: what it would cost to call this a positive, minus what it costs to leave it a negative.
-        p = own_logits.sigmoid()
-        positive = self.alpha * (1 - p) ** self.gamma * -(p + 1e-8).log()
-        negative = (1 - self.alpha) * p**self.gamma * -(1 - p + 1e-8).log()
-        cost_class = positive - negative
+            # Class: the focal loss if the proposal gets this object, minus the loss if it does not.
+            #   C_cls = −α (1 − p)^γ log(p) + (1 − α) p^γ log(1 − p),    p = sigmoid(logit)
+            p = logit.sigmoid()
+            positive = self.alpha * (1 - p) ** self.gamma * -(p + 1e-8).log()
+            negative = (1 - self.alpha) * p**self.gamma * -(1 - p + 1e-8).log()
+            cost_class = positive - negative  # (M, N)
 
-        # L1 in shares of the image, so that its scale does not depend on the picture's; GIoU has no scale.
-        whwh = whwh_px[image][:, None, None]  # (M, 1, 1, 4)
-        cost_l1 = (own_boxes / whwh - boxes / whwh).abs().sum(-1)
-        cost_giou = -_generalized_iou(own_boxes, boxes)
-        return (
-            self.class_weight * cost_class + self.l1_weight * cost_l1 + self.giou_weight * cost_giou
-        )
+            # L1: how far the corners are from the object's, in fractions of the image's width and
+            # height: in pixels, this term would count more in large images. (The paper has centre,
+            # width and height in place of the corners; the authors' code has the corners.)
+            #   C_L1 = |x1 − x1*| / W + |y1 − y1*| / H + |x2 − x2*| / W + |y2 − y2*| / H
+            cost_l1 = (box_px / whwh_px - object_px / whwh_px).abs().sum(-1)  # (M, N)
+
+            # GIoU: overlap relative to the size of the boxes. To L1 alone, 10 pixels are as far for
+            # a box of 10 pixels as for one of 500.
+            #   C_giou = −GIoU
+            cost_giou = -generalized_iou(box_px, object_px)  # (M, N)
+
+            costs.append(
+                self.class_weight * cost_class
+                + self.l1_weight * cost_l1
+                + self.giou_weight * cost_giou
+            )
+        return torch.stack(costs, dim=1)
 
     @torch.no_grad()
     def forward(
@@ -124,51 +124,73 @@ class HungarianMatcher(nn.Module):
         targets: Sequence[dict[str, Tensor]],
         whwh_px: Tensor,
     ) -> Assignment:
-        """Matches every stage of every image for itself.
+        """Matches every stage of every image separately.
 
         Args:
-            logits: (S, B, N, K), before the sigmoid.
+            logits: (S, B, N, K), before the sigmoid; any float dtype.
             boxes_px: (S, B, N, 4) xyxy pixels.
-            targets: B dicts with `boxes` (objects, 4) xyxy pixels and `labels` (objects,) int64 in 0 … K − 1.
-            whwh_px: (B, 4), each image's width, height, width, height before padding.
+            targets: B dicts with `boxes` (objects, 4) xyxy pixels and `labels` (objects,) int64 in
+                0 … K − 1.
+            whwh_px: (B, 4), the width, height, width, height of each image before padding.
 
         Returns:
-            An `Assignment` of P pairs, ordered by image, then stage.
+            P pairs, ordered by image, then stage. If an image has more objects than proposals,
+            every proposal gets an object and the remaining objects get none.
 
         Raises:
-            FloatingPointError: a cost is not finite; names image, stage and likely cause.
+            FloatingPointError: a cost is not finite; names the image, the stage and the cause.
         """
-        sizes = [len(target["labels"]) for target in targets]
-        cost = (
-            self.cost(logits, boxes_px, targets, whwh_px).cpu().numpy()
-        )  # (M, S, N); matching's only transfer to the host
+        # The only transfer to the host: the assignment algorithm runs there, and a transfer for
+        # each stage or image would wait for the device each time.
+        cost = self.cost(logits, boxes_px, targets, whwh_px).cpu().numpy()  # (M, S, N)
         if not np.isfinite(cost).all():
-            raise FloatingPointError(self._explain(cost, sizes, targets))
+            raise FloatingPointError(_explain(cost, targets))
 
-        pairs = [np.empty((4, 0), dtype=np.int64)]
-        first = 0  # object of the image, counted through the batch
-        for image, size in enumerate(sizes):
+        pairs: list[tuple[int, int, int, int]] = []
+        first = 0  # the image's first object, counted through the batch
+        for image, target in enumerate(targets):
+            last = first + len(target["labels"])
             for stage in range(cost.shape[1]):
-                rows, columns = linear_sum_assignment(
-                    cost[first : first + size, stage]
-                )  # objects, proposals
-                same = np.ones_like(rows)
-                pairs.append(np.stack((stage * same, image * same, columns, first + rows)))
-            first += size
-        return Assignment(*torch.from_numpy(np.concatenate(pairs, axis=1)).to(logits.device))
+                objects, proposals = linear_sum_assignment(cost[first:last, stage])
+                for obj, proposal in zip(objects.tolist(), proposals.tolist(), strict=True):
+                    pairs.append((stage, image, proposal, first + obj))
+            first = last
 
-    @staticmethod
-    def _explain(cost: np.ndarray, sizes: list[int], targets: Sequence[dict[str, Tensor]]) -> str:
-        """The message for a cost that is not finite, cost (M, S, N)."""
-        object_index, stage, proposal = np.argwhere(~np.isfinite(cost))[0]
-        image = int(np.searchsorted(np.cumsum(sizes), object_index, side="right"))
-        boxes = targets[image]["boxes"]
-        bad_target = not bool(torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all())
+        columns = np.array(pairs, dtype=np.int64).reshape(-1, 4).T  # (4, P), also if P is 0
+        return Assignment(*torch.from_numpy(columns).to(logits.device))
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """GIoU of boxes a and b, each (…, 4) xyxy, broadcast to (…).
+
+        GIoU = |A ∩ B| / |A ∪ B| − |C − (A ∪ B)| / |C|,    C the smallest box around A and B
+
+    (Rezatofighi et al., 2019, Algorithm 1). Boxes that do not overlap have an IoU of 0, however far
+    apart they are. The second term still tells near from far.
+    """
+    min_a, max_a = a[..., :2], a[..., 2:]  # top left and bottom right corner
+    min_b, max_b = b[..., :2], b[..., 2:]
+
+    overlap = (torch.minimum(max_a, max_b) - torch.maximum(min_a, min_b)).clamp(min=0).prod(-1)
+    union = (max_a - min_a).prod(-1) + (max_b - min_b).prod(-1) - overlap
+    hull = (torch.maximum(max_a, max_b) - torch.minimum(min_a, min_b)).prod(-1)
+    return overlap / union - (hull - union) / hull
+
+
+def _explain(cost: np.ndarray, targets: Sequence[dict[str, Tensor]]) -> str:
+    """The message for a cost (M, S, N) that is not finite."""
+    obj, stage, proposal = np.argwhere(~np.isfinite(cost))[0]
+    ends = np.cumsum([len(target["labels"]) for target in targets])
+    image = int(np.searchsorted(ends, obj, side="right"))
+    boxes_px = targets[image]["boxes"]
+    has_area = (boxes_px[:, 2:] > boxes_px[:, :2]).all()
+    if torch.isfinite(boxes_px).all() and has_area:
         cause = (
-            "its target boxes are not finite or have no area: check the annotations"
-            if bad_target
-            else "the model's predictions are no longer finite: the learning rate is probably too high for this batch "
-            "size, or the precision too low (try --lr a few times smaller, --amp off or bf16)"
+            "the model's predictions are no longer finite. The learning rate is probably too high "
+            "for this batch size, or the precision too low: lower the rate a few times, or use "
+            "float32 or bfloat16"
         )
-        where = f"image {image} of the batch, stage {stage}, proposal {proposal}"
-        return f"matching: the cost is not finite for {where}; {cause}"
+    else:
+        cause = "its target boxes are not finite or have no area: check the annotations"
+    where = f"image {image} of the batch, stage {stage}, proposal {proposal}"
+    return f"matching: the cost is not finite for {where}: {cause}"

@@ -86,6 +86,17 @@ def objects(
     }
 
 
+def predictions(S: int, B: int, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random logits (S, B, N, K), boxes_px (S, B, N, 4), and whwh_px (B, 4) of different sizes."""
+    whwh_px = torch.tensor([[100.0 + 30 * b, 80.0 - 10 * b] * 2 for b in range(B)])
+    boxes_px = torch.empty(S, B, N, 4)
+    for s in range(S):
+        for b in range(B):
+            width, height = whwh_px[b, :2].tolist()
+            boxes_px[s, b] = objects(N, K, width, height, seed=s * B + b)["boxes"]
+    return torch.randn(S, B, N, K) * 2, boxes_px, whwh_px
+
+
 class AlmostRight(nn.Module):
     """Recognises each image of Shapes by its pixels and answers with its boxes, slightly moved."""
 

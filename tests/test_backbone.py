@@ -1,4 +1,4 @@
-"""ImageNet weights: from torch.hub's cache, from a server, or an error that says what to do; shapes."""
+"""Shapes, frozen norms, and ImageNet weights: from a cache, from a server, or a helpful error."""
 
 import functools
 import hashlib
@@ -50,10 +50,11 @@ def serve(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @pytest.mark.parametrize("size", [(64, 96), (32, 32)])
 def test_levels_have_the_documented_shapes(size: tuple[int, int]) -> None:
-    images = torch.rand(2, 3, *size)
+    height, width = size
     for network in (ResNetFPN("resnet18", 24, pretrained=False), SmallFPN(24)):
-        shapes = [tuple(level.shape) for level in network(images)]
-        assert shapes == [(2, 24, size[0] // stride, size[1] // stride) for stride in STRIDES]
+        levels = network(torch.rand(2, 3, height, width))
+        expected = [(2, 24, height // stride, width // stride) for stride in STRIDES]
+        assert [tuple(level.shape) for level in levels] == expected
 
 
 def test_frozen_norms_are_torchvisions_and_keep_half_precision() -> None:
@@ -61,9 +62,8 @@ def test_frozen_norms_are_torchvisions_and_keep_half_precision() -> None:
     for norm in (ours, theirs):
         torch.manual_seed(1)
         for name, value in norm.named_buffers():
-            value.copy_(
-                torch.rand(5) + 0.5 if name in ("weight", "running_var") else torch.randn(5)
-            )
+            is_scale = name in ("weight", "running_var")
+            value.copy_(torch.rand(5) + 0.5 if is_scale else torch.randn(5))
     x = torch.randn(2, 5, 3, 4, requires_grad=True)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
         found, expected = ours(x.to(dtype)), theirs(x.to(dtype))
@@ -125,5 +125,5 @@ def test_what_cannot_be_loaded_says_what_to_do(
             (cache / "resnet18-f37072fd.pth").write_bytes(contents)
         with pytest.raises(FileNotFoundError) as error:
             ResNetFPN("resnet18")
-        for words in ("resnet18-f37072fd.pth", str(cache), "--no-pretrained-backbone"):
+        for words in ("resnet18-f37072fd.pth", str(cache), "pretrained=False"):
             assert words in str(error.value)

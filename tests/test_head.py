@@ -1,11 +1,11 @@
-"""The head: what the slides say, shape by shape, and where gradients may flow."""
+"""The head: what the paper says, shape by shape, and where gradients may flow."""
 
 import math
 
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import roi_align
+from torchvision.ops import box_convert, roi_align
 
 from head import (
     DELTA_WEIGHTS,
@@ -14,42 +14,57 @@ from head import (
     RoIPooler,
     Stage,
     apply_deltas,
-    to_channels_first,
+    dynamic_instance_interaction,
 )
 
-B, N, C, D, K, S, R = 2, 5, 16, 4, 3, 4, 3
+B, N, C, D, K, S, R = 2, 5, 16, 4, 3, 6, 7  # all different
 
 
 def make_head(num_stages: int = S) -> DynamicHead:
     stages = [
-        Stage(C, K, num_heads=4, ffn_dim=24, interaction=DynamicInteraction(C, D, R))
+        Stage(
+            hidden_dim=C,
+            num_classes=K,
+            num_heads=4,
+            ffn_dim=24,
+            interaction=DynamicInteraction(C, D, R),
+        )
         for _ in range(num_stages)
     ]
     return DynamicHead(stages, RoIPooler(R))
 
 
 def make_proposals() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """A pyramid of images of 128 × 192 pixels, boxes_px (B, N, 4), pro_feats (B, N, C)."""
     pyramid = [torch.randn(B, C, 128 // stride, 192 // stride) for stride in (4, 8, 16, 32)]
-    corners = torch.rand(B, N, 2) * 60
-    return (
-        pyramid,
-        torch.cat((corners, corners + 10 + torch.rand(B, N, 2) * 50), -1),
-        torch.randn(B, N, C),
-    )
+    corners_px = torch.rand(B, N, 2) * 60
+    sizes_px = 10 + torch.rand(B, N, 2) * 50
+    return pyramid, torch.cat((corners_px, corners_px + sizes_px), -1), torch.randn(B, N, C)
 
 
 def test_the_shapes_that_are_documented() -> None:
     head = make_head()
-    pyramid, boxes, feats = make_proposals()
-    assert head.pooler(pyramid, boxes).shape == (B * N, C, R, R)
-    logits, refined, obj_feats = head.stages[0](head.pooler(pyramid, boxes), boxes, feats)
-    assert (logits.shape, refined.shape, obj_feats.shape) == ((B, N, K), (B, N, 4), (B, N, C))
-    logits, refined = head(pyramid, boxes, feats)
-    assert (
-        logits.shape == (S, B, N, K)
-        and refined.shape == (S, B, N, 4)
-        and refined.dtype == torch.float32
+    pyramid, boxes_px, pro_feats = make_proposals()
+    assert head.pooler.levels(boxes_px).shape == (B, N)
+    roi_feats = head.pooler(pyramid, boxes_px)
+    assert roi_feats.shape == (B * N, C, R, R)
+
+    interaction = head.stages[0].interaction
+    regions = roi_feats.flatten(2).transpose(1, 2)  # (B·N, R·R, C)
+    assert dynamic_instance_interaction(pro_feats.flatten(0, 1), regions, interaction).shape == (
+        B * N,
+        C,
     )
+
+    logits, refined_px, obj_feats = head.stages[0](roi_feats, boxes_px, pro_feats)
+    assert logits.shape == (B, N, K)
+    assert refined_px.shape == (B, N, 4)
+    assert obj_feats.shape == (B, N, C)
+
+    logits, refined_px = head(pyramid, boxes_px, pro_feats)
+    assert logits.shape == (S, B, N, K)
+    assert refined_px.shape == (S, B, N, 4)
+    assert refined_px.dtype == torch.float32
 
 
 def test_dynamic_interaction_is_two_convolutions_that_each_proposal_generates() -> None:
@@ -79,35 +94,47 @@ def test_each_proposal_meets_its_own_region_and_no_other() -> None:
 
 
 def test_proposals_see_each_other_but_not_those_of_other_images() -> None:
-    stage, boxes = make_head().stages[0], make_proposals()[1]
-    roi_feats, feats = torch.randn(B * N, C, R, R), torch.randn(B, N, C)
-    before = stage(roi_feats, boxes, feats)[0]
-    feats[0, 1] += 1
-    changed = (stage(roi_feats, boxes, feats)[0] != before).any(-1)  # (B, N)
-    assert changed[0].all() and not changed[1].any()
+    stage, boxes_px = make_head().stages[0], make_proposals()[1]
+    roi_feats, pro_feats = torch.randn(B * N, C, R, R), torch.randn(B, N, C)
+    before = stage(roi_feats, boxes_px, pro_feats)[0]
+    pro_feats[0, 1] += 1
+    changed = (stage(roi_feats, boxes_px, pro_feats)[0] != before).any(-1)  # (B, N)
+    assert changed[0].all()
+    assert not changed[1].any()
 
 
 def test_apply_deltas_by_hand() -> None:
-    boxes = torch.tensor([[10.0, 20.0, 30.0, 60.0]])  # centre 20, 40; size 20, 40
-    moved = apply_deltas(torch.tensor([[1.0, -0.5, math.log(2), math.log(0.5)]]), boxes)
+    boxes_px = torch.tensor([[10.0, 20.0, 30.0, 60.0]])  # centre 20, 40; size 20, 40
+    moved = apply_deltas(torch.tensor([[1.0, -0.5, math.log(2), math.log(0.5)]]), boxes_px)
     cx, cy = 20 + 1.0 / 2 * 20, 40 - 0.5 / 2 * 40
     assert torch.allclose(moved, torch.tensor([[cx - 20, cy - 10, cx + 20, cy + 10]]))
-    assert torch.equal(apply_deltas(torch.zeros(1, 4), boxes), boxes)
+    assert torch.equal(apply_deltas(torch.zeros(1, 4), boxes_px), boxes_px)
     assert DELTA_WEIGHTS == (2, 2, 1, 1)
+
+
+def test_apply_deltas_inverts_the_parametrisation_of_r_cnn() -> None:
+    _, given_px, _ = make_proposals()
+    wanted_px = make_proposals()[1]
+    x_a, y_a, w_a, h_a = box_convert(given_px, "xyxy", "cxcywh").double().unbind(-1)
+    x, y, w, h = box_convert(wanted_px, "xyxy", "cxcywh").double().unbind(-1)
+    t = torch.stack(((x - x_a) / w_a, (y - y_a) / h_a, (w / w_a).log(), (h / h_a).log()), dim=-1)
+    found_px = apply_deltas(t * torch.tensor(DELTA_WEIGHTS), given_px)
+    assert torch.allclose(found_px, wanted_px, atol=1e-3)
 
 
 def test_apply_deltas_stays_finite_and_in_float32() -> None:
     wild = apply_deltas(torch.full((1, 4), 1e4), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
     assert torch.isfinite(wild).all()
     assert wild[0, 2] - wild[0, 0] == pytest.approx(100_000 / 16, rel=1e-3)
-    boxes = torch.tensor([[1000.5, 1000.5, 1003.5, 1003.5]])
-    assert torch.equal(apply_deltas(torch.zeros(1, 4, dtype=torch.bfloat16), boxes), boxes)
+    boxes_px = torch.tensor([[1000.5, 1000.5, 1003.5, 1003.5]])
+    deltas = torch.zeros(1, 4, dtype=torch.bfloat16)
+    assert torch.equal(apply_deltas(deltas, boxes_px), boxes_px)
 
 
 def test_levels_are_those_of_the_fpn_paper() -> None:
     sides = [1, 55, 111, 113, 223, 225, 447, 449, 5000]
-    boxes = torch.tensor([[0.0, 0.0, side, side] for side in sides])
-    assert RoIPooler().levels(boxes).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+    boxes_px = torch.tensor([[0.0, 0.0, side, side] for side in sides])
+    assert RoIPooler().levels(boxes_px).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
     wide = torch.tensor([[0.0, 0.0, 448.0, 112.0]])  # sqrt(448 · 112) = 224
     assert RoIPooler().levels(wide).tolist() == [2]
     extremes = torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.0, 0.0, float("inf"), 9.0]])
@@ -116,16 +143,18 @@ def test_levels_are_those_of_the_fpn_paper() -> None:
 
 def test_pooling_equals_one_box_at_a_time() -> None:
     pyramid = [torch.randn(B, C, 512 // stride, 640 // stride) for stride in (4, 8, 16, 32)]
-    sides = torch.tensor([20.0, 130.0, 240.0, 500.0, 60.0])
-    boxes = torch.stack([torch.cat((torch.full((N, 2), 7.0 * b), 7.0 * b + sides[:, None] * 0.9 + torch.rand(N, 2)), 1)
-                         for b in range(1, B + 1)])  # fmt: skip
-    pooled = RoIPooler(R)(pyramid, boxes).view(B, N, C, R, R)
+    sides_px = torch.tensor([20.0, 130.0, 240.0, 500.0, 60.0])  # of all levels
+    corners_px = torch.tensor([7.0, 14.0])[:, None, None].expand(B, N, 2)
+    sizes_px = sides_px[:, None] * 0.9 + torch.rand(B, N, 2)
+    boxes_px = torch.cat((corners_px, corners_px + sizes_px), -1)
+
+    pooled = RoIPooler(R)(pyramid, boxes_px).view(B, N, C, R, R)
     for b in range(B):
-        for n, side in enumerate((boxes[b, :, 2:] - boxes[b, :, :2]).prod(-1).sqrt()):
+        for n, side in enumerate((boxes_px[b, :, 2:] - boxes_px[b, :, :2]).prod(-1).sqrt()):
             level = min(max(math.floor(4 + math.log2(side / 224)), 2), 5) - 2
             one = roi_align(
                 pyramid[level][b : b + 1],
-                [boxes[b, n : n + 1]],
+                [boxes_px[b, n : n + 1]],
                 R,
                 1 / (4 << level),
                 sampling_ratio=2,
@@ -135,36 +164,42 @@ def test_pooling_equals_one_box_at_a_time() -> None:
 
 
 def test_a_level_without_boxes_gets_a_gradient_of_zero() -> None:
-    pyramid, boxes, feats = make_proposals()
+    pyramid, boxes_px, _ = make_proposals()
     pyramid = [features.requires_grad_() for features in pyramid]
-    RoIPooler(R)(pyramid, boxes).sum().backward()
+    RoIPooler(R)(pyramid, boxes_px).sum().backward()
     assert pyramid[0].grad.abs().sum() > 0
-    assert all(features.grad is not None and not features.grad.any() for features in pyramid[1:])
+    for features in pyramid[1:]:
+        assert features.grad is not None
+        assert not features.grad.any()
 
 
 def test_between_stages_boxes_carry_no_gradient_and_features_do() -> None:
     head = make_head(2)
-    pyramid, boxes, feats = make_proposals()
-    boxes.requires_grad_(), feats.requires_grad_()
-    logits, refined = head(pyramid, boxes, feats)
-    refined[1].sum().backward(retain_graph=True)
-    # The last boxes' gradient reaches the first stage's box branch not at all, its features very well.
+    pyramid, boxes_px, pro_feats = make_proposals()
+    boxes_px.requires_grad_()
+    pro_feats.requires_grad_()
+    _, refined_px = head(pyramid, boxes_px, pro_feats)
+
+    # The gradient of the last boxes does not reach the first stage's box branch, but its features.
+    refined_px[1].sum().backward(retain_graph=True)
     assert all(p.grad is None or not p.grad.any() for p in head.stages[0].box_deltas.parameters())
-    assert head.stages[0].ffn[0].weight.grad.abs().sum() > 0 and feats.grad.abs().sum() > 0
-    assert boxes.grad is None or not boxes.grad.any()
+    assert head.stages[0].ffn[0].weight.grad.abs().sum() > 0
+    assert pro_feats.grad.abs().sum() > 0
+    assert boxes_px.grad is None or not boxes_px.grad.any()
+
     # The proposal boxes learn through the first stage.
-    refined[0].sum().backward()
-    assert boxes.grad.abs().sum() > 0
+    refined_px[0].sum().backward()
+    assert boxes_px.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("num_classes", [4, C, 24])
 def test_initialisation_goes_by_name_whatever_the_number_of_classes(num_classes: int) -> None:
     stage = Stage(C, num_classes, num_heads=4, ffn_dim=24, prior_prob=0.01)
     assert torch.equal(stage.cls_logits.bias, torch.full((num_classes,), -math.log(99)))
-    assert (stage.box_deltas.bias.abs() <= 1 / math.sqrt(C)).all() and stage.box_deltas.bias.any()
-    assert torch.equal(stage.attn_norm.weight, torch.ones(C)) and torch.equal(
-        stage.attn_norm.bias, torch.zeros(C)
-    )
+    assert (stage.box_deltas.bias.abs() <= 1 / math.sqrt(C)).all()
+    assert stage.box_deltas.bias.any()
+    assert torch.equal(stage.attn_norm.weight, torch.ones(C))
+    assert torch.equal(stage.attn_norm.bias, torch.zeros(C))
     limit = math.sqrt(6 / (C + 24))
     assert limit * 0.95 < stage.ffn[0].weight.abs().max() <= limit  # Xavier-uniform
 
@@ -179,46 +214,48 @@ def test_the_interaction_can_be_replaced() -> None:
             return self.linear(roi_feats.flatten(1))
 
     stage = Stage(C, K, num_heads=4, ffn_dim=24, interaction=Static())
-    logits, boxes, _ = stage(torch.randn(B * N, C, R, R), make_proposals()[1], torch.randn(B, N, C))
-    assert logits.shape == (B, N, K) and not any(
-        "linear1" in name for name, _ in stage.named_parameters()
-    )
+    roi_feats, pro_feats = torch.randn(B * N, C, R, R), torch.randn(B, N, C)
+    logits, _, _ = stage(roi_feats, make_proposals()[1], pro_feats)
+    assert logits.shape == (B, N, K)
+    assert not any("linear1" in name for name, _ in stage.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_regions_outside_of_the_image_have_a_finite_gradient_in_half_precision(
     dtype: torch.dtype,
 ) -> None:
-    """All-zero bins: two norms of a zero variance multiply the gradient by 10⁵, beyond float16's range."""
+    """Two norms over all-zero bins multiply the gradient by 10⁵, which float16 cannot hold."""
     layers = DynamicInteraction(C, D, R)
     pro_feats, roi_feats = torch.randn(N, C, requires_grad=True), torch.randn(N, R * R, C)
     roi_feats[1] = 0
     for norm in (layers.norm1, layers.norm2):
-        nn.init.constant_(
-            norm.bias, 0.1
-        )  # as after some training: at 0 the ReLU would stop the gradient
+        # As after some training: at a bias of 0 the ReLU would stop the gradient.
+        nn.init.constant_(norm.bias, 0.1)
     with torch.autocast("cpu", dtype):
         out = layers(pro_feats.to(dtype), roi_feats.to(dtype))
-    (out.float() * 50).sum().backward()
-    assert (
-        all(torch.isfinite(p.grad).all() for p in layers.parameters())
-        and torch.isfinite(pro_feats.grad).all()
-    )
+    (out.float() * 1000).sum().backward()  # 1000 stands for the loss scale
+    assert all(torch.isfinite(parameter.grad).all() for parameter in layers.parameters())
+    assert torch.isfinite(pro_feats.grad).all()
     exact = layers(pro_feats, roi_feats)
     assert (out - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape", [(B, C, 70, 65), (1, C, 2, 3), (B, C, 1, 1)]
-)  # 70·65: copied in blocks
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_maps_become_channels_first_with_their_gradients(
-    dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+def test_maps_may_have_any_memory_format_and_dtype(
+    dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
-    features = torch.randn(shape, dtype=dtype).to(memory_format=layout).requires_grad_()
-    found, expected = to_channels_first(features), features.float().contiguous()
-    assert found.is_contiguous() and found.dtype == torch.float32 and torch.equal(found, expected)
-    upstream = torch.randn(shape)
-    gradients = [torch.autograd.grad(output, features, upstream)[0] for output in (found, expected)]
-    assert torch.equal(*gradients) and gradients[0].count_nonzero() == features.numel()
+    head = make_head(2)
+    pyramid, boxes_px, pro_feats = make_proposals()
+    given = [level.to(dtype).to(memory_format=layout).requires_grad_() for level in pyramid]
+    plain = [level.to(dtype).float().requires_grad_() for level in pyramid]
+
+    gradients = []
+    for levels in (given, plain):
+        logits, refined_px = head(levels, boxes_px, pro_feats)
+        total = logits.sum() + refined_px.sum()
+        gradients.append(torch.autograd.grad(total, levels))
+    for found, expected in zip(*gradients, strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(found, expected.to(dtype))
+    assert gradients[0][0].any()

@@ -1,172 +1,175 @@
 """The matcher against brute force, and what it does with unusual input."""
 
+from collections.abc import Callable
 from itertools import permutations
 
 import pytest
 import torch
-from conftest import objects
+from conftest import objects, predictions
 from torchvision.ops import generalized_box_iou
 
-from matcher import HungarianMatcher
-
-
-def predictions(S: int, B: int, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits (S, B, N, K), boxes_px (S, B, N, 4), whwh_px (B, 4) of images of different sizes."""
-    whwh_px = torch.tensor([[100.0 + 30 * b, 80.0 - 10 * b] * 2 for b in range(B)])
-    boxes = torch.stack(
-        [
-            torch.stack(
-                [objects(N, K, *whwh_px[b, :2].tolist(), seed=s * B + b)["boxes"] for b in range(B)]
-            )
-            for s in range(S)
-        ]
-    )
-    return torch.randn(S, B, N, K) * 2, boxes, whwh_px
+from matcher import Assignment, HungarianMatcher, generalized_iou
 
 
 def cost_by_hand(
-    logits: torch.Tensor, boxes: torch.Tensor, target: dict, whwh: torch.Tensor
+    logits: torch.Tensor, boxes_px: torch.Tensor, target: dict, whwh_px: torch.Tensor
 ) -> torch.Tensor:
-    """(N, M) float64, from the formulas: 2 · focal + 5 · L1 + 2 · (−GIoU), for one stage of one image."""
+    """(N, M) float64 of one stage of one image, from the formula 2 · focal + 5 · L1 − 2 · GIoU."""
     p = logits.double().sigmoid()
     focal = 0.25 * (1 - p) ** 2 * -torch.log(p + 1e-8) - 0.75 * p**2 * -torch.log(1 - p + 1e-8)
-    l1 = torch.cdist((boxes / whwh).double(), (target["boxes"] / whwh).double(), p=1)
-    giou = generalized_box_iou(boxes.double(), target["boxes"].double())
+    l1 = torch.cdist((boxes_px / whwh_px).double(), (target["boxes"] / whwh_px).double(), p=1)
+    giou = generalized_box_iou(boxes_px.double(), target["boxes"].double())
     return 2 * focal[:, target["labels"]] + 5 * l1 - 2 * giou
 
 
-def pairs(assignment, stage: int, image: int, first_object: int = 0) -> set[tuple[int, int]]:
-    """(proposal, object of the image) of one stage of one image."""
-    here = (assignment.stage == stage) & (assignment.image == image)
-    found = zip(
-        assignment.proposal[here].tolist(),
-        (assignment.object[here] - first_object).tolist(),
-        strict=True,
+def best_proposals(cost: torch.Tensor) -> set[tuple[int, int]]:
+    """(proposal, object) of the cheapest assignment of a cost (N, M), M ≤ N, by trying them all."""
+    N, M = cost.shape
+    cheapest = min(
+        permutations(range(N), M), key=lambda rows: sum(cost[n, m] for m, n in enumerate(rows))
     )
-    return set(found)
+    return {(n, m) for m, n in enumerate(cheapest)}
+
+
+def pairs(
+    assignment: Assignment, stage: int, image: int, first_object: int = 0
+) -> set[tuple[int, int]]:
+    """(proposal, object of the image) of one stage of one image."""
+    chosen = (assignment.stage == stage) & (assignment.image == image)
+    proposals = assignment.proposal[chosen].tolist()
+    image_objects = (assignment.object[chosen] - first_object).tolist()
+    return set(zip(proposals, image_objects, strict=True))
 
 
 def test_equals_brute_force_over_permutations() -> None:
     S, B, N, K, counts = 3, 4, 6, 5, (2, 0, 4, 1)
-    logits, boxes, whwh = predictions(S, B, N, K)
-    targets = [objects(m, K, *whwh[b, :2].tolist(), seed=50 + b) for b, m in enumerate(counts)]
-    assignment = HungarianMatcher()(logits, boxes, targets, whwh)
+    logits, boxes_px, whwh_px = predictions(S, B, N, K)
+    targets = [objects(m, K, *whwh_px[b, :2].tolist(), seed=50 + b) for b, m in enumerate(counts)]
+    assignment = HungarianMatcher()(logits, boxes_px, targets, whwh_px)
     assert len(assignment.stage) == S * sum(counts)
     for s in range(S):
-        for b, m in enumerate(counts):
-            cost = cost_by_hand(logits[s, b], boxes[s, b], targets[b], whwh[b])
-            best = min(
-                permutations(range(N), m),
-                key=lambda rows: sum(cost[n, i] for i, n in enumerate(rows)),
-            )
-            assert pairs(assignment, s, b, sum(counts[:b])) == {(n, i) for i, n in enumerate(best)}
+        for b in range(B):
+            cost = cost_by_hand(logits[s, b], boxes_px[s, b], targets[b], whwh_px[b])
+            assert pairs(assignment, s, b, sum(counts[:b])) == best_proposals(cost)
 
 
 def test_cost_equals_the_formulas() -> None:
-    logits, boxes, whwh = predictions(S=2, B=3, N=5, K=4)
-    targets = [objects(m, 4, *whwh[b, :2].tolist(), seed=b) for b, m in enumerate((1, 3, 2))]
-    cost = HungarianMatcher().cost(logits, boxes, targets, whwh)  # (M, S, N)
-    assert cost.shape == (6, 2, 5) and cost.dtype == torch.float32
+    logits, boxes_px, whwh_px = predictions(S=2, B=3, N=5, K=4)
+    targets = [objects(m, 4, *whwh_px[b, :2].tolist(), seed=b) for b, m in enumerate((1, 3, 2))]
+    cost = HungarianMatcher().cost(logits, boxes_px, targets, whwh_px)
+    assert cost.shape == (6, 2, 5)  # (M, S, N)
+    assert cost.dtype == torch.float32
     for s in range(2):
-        by_hand = [cost_by_hand(logits[s, b], boxes[s, b], targets[b], whwh[b]).T for b in range(3)]
+        by_hand = [
+            cost_by_hand(logits[s, b], boxes_px[s, b], targets[b], whwh_px[b]).T for b in range(3)
+        ]
         assert torch.allclose(cost[:, s].double(), torch.cat(by_hand), atol=1e-5)
 
 
+def test_generalized_iou_equals_torchvisions() -> None:
+    a, b = objects(7, 1, 90, 60, seed=1)["boxes"], objects(4, 1, 90, 60, seed=2)["boxes"]
+    found = generalized_iou(a[:, None], b)
+    assert found.shape == (7, 4)
+    assert torch.allclose(found, generalized_box_iou(a, b), atol=1e-6)
+
+
+def test_the_pairs_have_the_documented_form() -> None:
+    S, B, N, K, counts = 2, 3, 4, 5, (1, 6, 2)  # P = S · (1 + 4 + 2)
+    logits, boxes_px, whwh_px = predictions(S, B, N, K)
+    targets = [objects(m, K, *whwh_px[b, :2].tolist(), seed=b) for b, m in enumerate(counts)]
+    assignment = HungarianMatcher()(logits, boxes_px, targets, whwh_px)
+    for field in assignment:
+        assert field.shape == (14,)
+        assert field.dtype == torch.int64
+    assert assignment.image.tolist() == [0] * 2 + [1] * 8 + [2] * 4
+    assert assignment.stage.tolist() == [0, 1, *[0] * 4, *[1] * 4, 0, 0, 1, 1]
+    assert set(assignment.proposal.tolist()) <= set(range(N))
+    # Objects are counted through the batch.
+    assert set(assignment.object[assignment.image == 1].tolist()) <= set(range(1, 7))
+    assert set(assignment.object[assignment.image == 2].tolist()) == {7, 8}
+
+
 def test_does_not_depend_on_the_other_images_of_the_batch() -> None:
-    logits, boxes, whwh = predictions(S=2, B=3, N=8, K=4)
-    targets = [objects(m, 4, *whwh[b, :2].tolist(), seed=b) for b, m in enumerate((5, 2, 3))]
+    logits, boxes_px, whwh_px = predictions(S=2, B=3, N=8, K=4)
+    targets = [objects(m, 4, *whwh_px[b, :2].tolist(), seed=b) for b, m in enumerate((5, 2, 3))]
     matcher = HungarianMatcher()
-    together = matcher(logits, boxes, targets, whwh)
+    together = matcher(logits, boxes_px, targets, whwh_px)
     for b, first in enumerate((0, 5, 7)):
-        alone = matcher(
-            logits[:, b : b + 1], boxes[:, b : b + 1], targets[b : b + 1], whwh[b : b + 1]
-        )
+        one = slice(b, b + 1)
+        alone = matcher(logits[:, one], boxes_px[:, one], targets[one], whwh_px[one])
         for s in range(2):
             assert pairs(together, s, b, first) == pairs(alone, s, 0)
 
 
 def test_no_objects_at_all() -> None:
-    logits, boxes, whwh = predictions(S=2, B=2, N=3, K=4)
-    assignment = HungarianMatcher()(logits, boxes, [objects(0, 4, 50, 50)] * 2, whwh)
-    assert [len(field) for field in assignment] == [
-        0,
-        0,
-        0,
-        0,
-    ] and assignment.stage.dtype == torch.int64
+    logits, boxes_px, whwh_px = predictions(S=2, B=2, N=3, K=4)
+    assignment = HungarianMatcher()(logits, boxes_px, [objects(0, 4, 50, 50)] * 2, whwh_px)
+    assert [len(field) for field in assignment] == [0, 0, 0, 0]
+    assert assignment.stage.dtype == torch.int64
 
 
 def test_more_objects_than_proposals_uses_every_proposal_once() -> None:
-    logits, boxes, whwh = predictions(S=2, B=1, N=3, K=4)
+    logits, boxes_px, whwh_px = predictions(S=2, B=1, N=3, K=4)
     target = objects(5, 4, 60, 50)
-    assignment = HungarianMatcher()(logits, boxes, [target], whwh)
+    assignment = HungarianMatcher()(logits, boxes_px, [target], whwh_px)
     for s in range(2):
-        matched = pairs(assignment, s, 0)
-        cost = cost_by_hand(logits[s, 0], boxes[s, 0], target, whwh[0])
-        best = min(
-            permutations(range(5), 3), key=lambda cols: sum(cost[n, m] for n, m in enumerate(cols))
-        )
-        assert matched == set(enumerate(best))
+        cost = cost_by_hand(logits[s, 0], boxes_px[s, 0], target, whwh_px[0])
+        best = best_proposals(cost.T)  # here objects are chosen for proposals: (object, proposal)
+        assert pairs(assignment, s, 0) == {(n, m) for m, n in best}
 
 
 def test_a_single_class() -> None:
-    logits, boxes, whwh = predictions(S=1, B=1, N=4, K=1)
+    logits, boxes_px, whwh_px = predictions(S=1, B=1, N=4, K=1)
     target = objects(2, 1, 60, 50)
-    cost = cost_by_hand(logits[0, 0], boxes[0, 0], target, whwh[0])
-    best = min(
-        permutations(range(4), 2), key=lambda rows: sum(cost[n, i] for i, n in enumerate(rows))
-    )
-    assert pairs(HungarianMatcher()(logits, boxes, [target], whwh), 0, 0) == {
-        (n, i) for i, n in enumerate(best)
-    }
+    cost = cost_by_hand(logits[0, 0], boxes_px[0, 0], target, whwh_px[0])
+    assignment = HungarianMatcher()(logits, boxes_px, [target], whwh_px)
+    assert pairs(assignment, 0, 0) == best_proposals(cost)
 
 
 def test_the_class_decides_between_equal_boxes() -> None:
-    boxes = torch.tensor([10.0, 10.0, 30.0, 30.0]).expand(1, 1, 2, 4)
+    boxes_px = torch.tensor([10.0, 10.0, 30.0, 30.0]).expand(1, 1, 2, 4)
     logits = torch.tensor([[[[3.0, -3.0], [-3.0, 3.0]]]])
-    target = {"boxes": boxes[0, 0], "labels": torch.tensor([1, 0])}
-    assignment = HungarianMatcher()(logits, boxes, [target], torch.full((1, 4), 50.0))
+    target = {"boxes": boxes_px[0, 0], "labels": torch.tensor([1, 0])}
+    assignment = HungarianMatcher()(logits, boxes_px, [target], torch.full((1, 4), 50.0))
     assert pairs(assignment, 0, 0) == {(1, 0), (0, 1)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_and_tiny_values_in_half_precision(dtype: torch.dtype) -> None:
-    logits = torch.tensor([-6e4, -100.0, -1e-7, 0.0, 1e-7, 100.0, 6e4], dtype=dtype).view(
-        1, 1, 7, 1
-    )
-    boxes = (
-        torch.tensor([[0, 0, 1e-4, 1e-4], [0, 0, 4e4, 4e4], *[[5, 5, 9, 9]] * 5])
-        .to(dtype)
-        .view(1, 1, 7, 4)
-    )
+    logits = torch.tensor([-6e4, -100.0, -1e-7, 0.0, 1e-7, 100.0, 6e4], dtype=dtype)
+    boxes_px = torch.tensor([[0, 0, 1e-4, 1e-4], [0, 0, 4e4, 4e4], *[[5, 5, 9, 9]] * 5])
+    logits, boxes_px = logits.view(1, 1, 7, 1), boxes_px.to(dtype).view(1, 1, 7, 4)
     target = {"boxes": torch.tensor([[5.0, 5.0, 9.0, 9.0]]), "labels": torch.tensor([0])}
-    matcher, whwh = HungarianMatcher(), torch.full((1, 4), 64.0)
-    assert torch.isfinite(matcher.cost(logits, boxes, [target], whwh)).all()
-    (pair,) = pairs(matcher(logits, boxes, [target], whwh), 0, 0)
+    matcher, whwh_px = HungarianMatcher(), torch.full((1, 4), 64.0)
+    assert torch.isfinite(matcher.cost(logits, boxes_px, [target], whwh_px)).all()
+    (pair,) = pairs(matcher(logits, boxes_px, [target], whwh_px), 0, 0)
     assert pair in {(5, 0), (6, 0)}
+
+
+def nan_logits(logits: torch.Tensor, boxes_px: torch.Tensor, targets: list[dict]) -> None:
+    logits[1, 2] = float("nan")
+
+
+def infinite_boxes(logits: torch.Tensor, boxes_px: torch.Tensor, targets: list[dict]) -> None:
+    boxes_px[0, 1] = float("inf")
+
+
+def nan_target(logits: torch.Tensor, boxes_px: torch.Tensor, targets: list[dict]) -> None:
+    targets[1]["boxes"][:] = float("nan")
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (
-            lambda logits, boxes, targets: logits[1, 2].fill_(float("nan")),
-            ["image 2", "stage 1", "learning rate"],
-        ),
-        (
-            lambda logits, boxes, targets: boxes[0, 1].fill_(float("inf")),
-            ["image 1", "stage 0", "learning rate"],
-        ),
-        (
-            lambda logits, boxes, targets: targets[1]["boxes"].fill_(float("nan")),
-            ["image 1", "target boxes"],
-        ),
+        (nan_logits, ["image 2", "stage 1", "learning rate"]),
+        (infinite_boxes, ["image 1", "stage 0", "learning rate"]),
+        (nan_target, ["image 1", "target boxes"]),
     ],
 )
-def test_a_cost_that_is_not_finite_is_explained(spoil, words: list[str]) -> None:
-    logits, boxes, whwh = predictions(S=2, B=3, N=4, K=2)
+def test_a_cost_that_is_not_finite_is_explained(spoil: Callable, words: list[str]) -> None:
+    logits, boxes_px, whwh_px = predictions(S=2, B=3, N=4, K=2)
     targets = [objects(m, 2, 60, 50, seed=m) for m in (0, 2, 1)]
-    spoil(logits, boxes, targets)
+    spoil(logits, boxes_px, targets)
     with pytest.raises(FloatingPointError) as error:
-        HungarianMatcher()(logits, boxes, targets, whwh)
+        HungarianMatcher()(logits, boxes_px, targets, whwh_px)
     assert all(word in str(error.value) for word in words)

@@ -1,4 +1,4 @@
-"""SparseRCNN: torchvision's language, the learning signal end to end, and what it refuses."""
+"""SparseRCNN: the form of torchvision's detectors, learning end to end, and what it refuses."""
 
 from dataclasses import replace
 
@@ -22,9 +22,8 @@ def model() -> SparseRCNN:
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(
-        256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def test_detections_are_in_torchvisions_form(model: SparseRCNN) -> None:
@@ -32,81 +31,86 @@ def test_detections_are_in_torchvisions_form(model: SparseRCNN) -> None:
     with torch.no_grad():
         model.proposal_boxes[:, :2] += 0.3 * torch.randn(TINY.num_proposals, 2)
         detections = model(images)
-    for found, picture in zip(detections, images, strict=True):
-        height, width = picture.shape[1:]
+    for found, pixels in zip(detections, images, strict=True):
+        height, width = pixels.shape[1:]
         boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
         assert len(boxes) == len(scores) == len(labels) <= TINY.num_proposals
-        assert boxes.dtype == scores.dtype == torch.float32 and labels.dtype == torch.int64
-        assert (
-            (boxes >= 0).all()
-            and (boxes[:, 0::2] <= width).all()
-            and (boxes[:, 1::2] <= height).all()
-        )
+        assert boxes.dtype == scores.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        assert (boxes >= 0).all()
+        assert (boxes[:, 0::2] <= width).all()
+        assert (boxes[:, 1::2] <= height).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert (scores[:-1] >= scores[1:]).all()
         assert set(labels.tolist()) <= set(range(TINY.num_classes))
 
 
 def test_selection_is_the_best_n_of_all_proposals_and_classes() -> None:
-    logits, boxes = torch.randn(2, 5, 3), torch.rand(2, 5, 4) * 20
-    boxes[..., 2:] += 25
-    found = SparseRCNN.detections(logits, boxes, torch.tensor([[50.0, 40.0, 50.0, 40.0]] * 2))
-    for b in range(2):
-        ranked = sorted(
-            ((logits[b, n, k].sigmoid().item(), n, k) for n in range(5) for k in range(3)),
-            reverse=True,
-        )[:5]
+    B, N, K = 2, 5, 3
+    logits, boxes_px = torch.randn(B, N, K), torch.rand(B, N, 4) * 20
+    boxes_px[..., 2:] += 25
+    whwh_px = torch.tensor([50.0, 40.0, 50.0, 40.0])
+    found = SparseRCNN.detections(logits, boxes_px, whwh_px.expand(B, 4))
+    for b in range(B):
+        scores = logits[b].sigmoid()
+        candidates = [(scores[n, k].item(), n, k) for n in range(N) for k in range(K)]
+        ranked = sorted(candidates, reverse=True)[:N]
         assert found[b]["scores"].tolist() == pytest.approx([score for score, _, _ in ranked])
         assert found[b]["labels"].tolist() == [k for _, _, k in ranked]
-        limits = torch.tensor([50.0, 40.0, 50.0, 40.0])
-        assert torch.equal(
-            found[b]["boxes"], torch.stack([boxes[b, n].minimum(limits) for _, n, _ in ranked])
-        )
+        expected_px = torch.stack([boxes_px[b, n].minimum(whwh_px) for _, n, _ in ranked])
+        assert torch.equal(found[b]["boxes"], expected_px)
 
 
 def test_boxes_without_area_after_clipping_are_dropped() -> None:
-    boxes = torch.tensor(
-        [[[60.0, 5.0, 80.0, 20.0], [5.0, 5.0, 20.0, 20.0]]]
-    )  # the first is right of the image
-    found = SparseRCNN.detections(
-        torch.zeros(1, 2, 1), boxes, torch.tensor([[50.0, 40.0, 50.0, 40.0]])
-    )
+    right_of_the_image, inside = [60.0, 5.0, 80.0, 20.0], [5.0, 5.0, 20.0, 20.0]
+    boxes_px = torch.tensor([[right_of_the_image, inside]])
+    whwh_px = torch.tensor([[50.0, 40.0, 50.0, 40.0]])
+    found = SparseRCNN.detections(torch.zeros(1, 2, 1), boxes_px, whwh_px)
     assert found[0]["boxes"].tolist() == [[5.0, 5.0, 20.0, 20.0]]
 
 
 def test_uint8_and_float_images_are_the_same(model: SparseRCNN) -> None:
-    picture = image(64, 80)
+    pixels = image(64, 80)
     with torch.no_grad():
-        a, b = model.stages([picture]), model.stages([picture.float() / 255])
-    assert torch.allclose(a.logits, b.logits, atol=1e-5) and torch.allclose(
-        a.boxes, b.boxes, atol=1e-3
-    )
+        a, b = model.stages([pixels]), model.stages([pixels.float() / 255])
+    assert torch.allclose(a.logits, b.logits, atol=1e-5)
+    assert torch.allclose(a.boxes, b.boxes, atol=1e-3)
 
 
-def test_stages_have_the_documented_shapes(model: SparseRCNN) -> None:
-    outputs = model.stages([image(64, 80), image(96, 70)])
-    S, B, N, K = TINY.num_stages, 2, TINY.num_proposals, TINY.num_classes
-    assert outputs.logits.shape == (S, B, N, K) and outputs.boxes.shape == (S, B, N, 4)
+def test_the_shapes_that_are_documented(model: SparseRCNN) -> None:
+    S, B, N, K, C = 2, 4, TINY.num_proposals, TINY.num_classes, TINY.hidden_dim
+    assert len({S, B, N, K, C}) == 5 and TINY.num_stages == S  # all different
+    images = [image(64, 80, seed) for seed in range(B)]
+    batch, whwh_px = model.prepare(images)
+    assert batch.shape == (B, 3, 64, 96)
+    assert whwh_px.shape == (B, 4)
+    assert model.proposal_boxes.shape == (N, 4)
+    assert model.proposal_feats.shape == (N, C)
+    assert model.initial_boxes_px(whwh_px).shape == (B, N, 4)
+    logits, boxes_px = model.stages(images)
+    assert logits.shape == (S, B, N, K)
+    assert boxes_px.shape == (S, B, N, 4)
+    assert len(model.detections(logits[-1], boxes_px[-1], whwh_px)) == B
 
 
 def test_images_are_padded_on_the_right_and_bottom_and_never_resized(model: SparseRCNN) -> None:
-    pictures = [image(70, 33), image(40, 64, 1)]
-    batch, whwh = model.prepare(pictures)
-    assert batch.shape == (2, 3, 96, 64) and whwh.tolist() == [[33, 70, 33, 70], [64, 40, 64, 40]]
+    images = [image(70, 33), image(40, 64, 1)]
+    batch, whwh_px = model.prepare(images)
+    assert batch.shape == (2, 3, 96, 64)
+    assert whwh_px.tolist() == [[33, 70, 33, 70], [64, 40, 64, 40]]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    for canvas, picture in zip(batch, pictures, strict=True):
-        height, width = picture.shape[1:]
-        expected = (picture / 255 - mean[:, None, None]) / std[:, None, None]
+    for canvas, pixels in zip(batch, images, strict=True):
+        height, width = pixels.shape[1:]
+        expected = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
         assert torch.allclose(canvas[:, :height, :width], expected, atol=1e-5)
-        assert not canvas[:, height:].any() and not canvas[:, :, width:].any()
+        assert not canvas[:, height:].any()
+        assert not canvas[:, :, width:].any()
 
 
 def test_proposals_start_as_the_whole_image(model: SparseRCNN) -> None:
-    boxes = model.initial_boxes_px(torch.tensor([[30.0, 20.0, 30.0, 20.0]]))
-    assert (
-        boxes.shape == (1, TINY.num_proposals, 4)
-        and (boxes == torch.tensor([0.0, 0.0, 30.0, 20.0])).all()
-    )
+    boxes_px = model.initial_boxes_px(torch.tensor([[30.0, 20.0, 30.0, 20.0]]))
+    assert boxes_px.shape == (1, TINY.num_proposals, 4)
+    assert (boxes_px == torch.tensor([0.0, 0.0, 30.0, 20.0])).all()
 
 
 def test_train_mode_gives_losses_for_every_stage() -> None:
@@ -114,20 +118,19 @@ def test_train_mode_gives_losses_for_every_stage() -> None:
     target = {**objects(3, TINY.num_classes, 90, 70), "image_id": 5}
     target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(70, 90))
     losses = model([image(70, 90)], [target])
-    assert set(losses) == {
-        f"loss_{k}_{s}" for k in ("cls", "l1", "giou") for s in range(TINY.num_stages)
-    }
+    kinds, stages = ("cls", "l1", "giou"), range(TINY.num_stages)
+    assert set(losses) == {f"loss_{kind}_{i}" for kind in kinds for i in stages}
     assert all(type(loss) is torch.Tensor and loss.dim() == 0 for loss in losses.values())
     sum(losses.values()).backward()
-    assert all(
-        p.grad is not None for p in model.parameters() if p.requires_grad
-    )  # what DDP insists on
+    # DistributedDataParallel insists on this.
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_num_objects_scales_the_losses() -> None:
     model, target = build_model(TINY).train(), objects(3, TINY.num_classes, 90, 70)
-    own, whole = (sum(model([image(70, 90)], [target], n).values()) for n in (None, 12))
-    assert own.item() == pytest.approx(4 * whole.item(), rel=1e-4)
+    by_its_3 = sum(model([image(70, 90)], [target]).values())
+    by_12 = sum(model([image(70, 90)], [target], num_objects=12).values())
+    assert by_its_3.item() == pytest.approx(4 * by_12.item(), rel=1e-4)
 
 
 def test_more_objects_than_proposals_train() -> None:
@@ -140,8 +143,9 @@ def test_overfits_one_image_with_two_objects() -> None:
     """AP 1.0 in seconds: the whole learning signal at once."""
     torch.manual_seed(1)
     model = build_model(replace(TINY, hidden_dim=32, dynamic_dim=8, num_stages=3)).train()
-    picture = torch.full((3, 64, 64), 60, dtype=torch.uint8)
-    picture[0, 8:30, 6:34], picture[2, 36:60, 30:52] = 220, 240
+    pixels = torch.full((3, 64, 64), 60, dtype=torch.uint8)
+    pixels[0, 8:30, 6:34] = 220
+    pixels[2, 36:60, 30:52] = 240
     target = {
         "boxes": torch.tensor([[6.0, 8.0, 34.0, 30.0], [30.0, 36.0, 52.0, 60.0]]),
         "labels": torch.tensor([2, 0]),
@@ -151,49 +155,39 @@ def test_overfits_one_image_with_two_objects() -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()
-        sum(model([picture], [target]).values()).backward()
+        sum(model([pixels], [target]).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        found = model.eval()([picture])[0]
+        found = model.eval()([pixels])[0]
     assert ap_of(found, target) == pytest.approx(1.0)
 
 
 def ap_of(found: dict, target: dict) -> float:
     """COCO's AP of one image's detections."""
+    objects = []
+    boxes_xywh = box_convert(target["boxes"], "xyxy", "xywh").tolist()
+    for i, (box, label) in enumerate(zip(boxes_xywh, target["labels"].tolist(), strict=True), 1):
+        entry = {"id": i, "image_id": 1, "category_id": label, "bbox": box}
+        objects.append({**entry, "area": box[2] * box[3], "iscrowd": 0})
     ground_truth = COCO()
     ground_truth.dataset = {
         "images": [{"id": 1, "width": 64, "height": 64}],
         "categories": [{"id": k, "name": str(k)} for k in range(3)],
-        "annotations": [
-            {
-                "id": i,
-                "image_id": 1,
-                "category_id": k,
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-            }
-            for i, (box, k) in enumerate(
-                zip(
-                    box_convert(target["boxes"], "xyxy", "xywh").tolist(),
-                    target["labels"].tolist(),
-                    strict=True,
-                ),
-                1,
-            )
-        ],
+        "annotations": objects,
     }
     ground_truth.createIndex()
-    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
-    detections = [
-        {"image_id": 1, "category_id": k, "bbox": box, "score": score}
-        for box, score, k in zip(
-            boxes, found["scores"].tolist(), found["labels"].tolist(), strict=True
-        )
-    ]
+
+    detections = []
+    boxes_xywh = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+    scores, labels = found["scores"].tolist(), found["labels"].tolist()
+    for box, score, label in zip(boxes_xywh, scores, labels, strict=True):
+        detections.append({"image_id": 1, "category_id": label, "bbox": box, "score": score})
     return coco_metrics(ground_truth, detections)["AP"]
+
+
+IMAGE = [torch.rand(3, 64, 64)]
 
 
 @pytest.mark.parametrize(
@@ -202,21 +196,15 @@ def ap_of(found: dict, target: dict) -> float:
         ([], [], "empty"),
         ([torch.rand(1, 8, 8)], [objects(1, 3, 20, 20)], "shape (1, 8, 8)"),
         ([torch.randint(9, (3, 32, 32))], [objects(1, 3, 20, 20)], "torch.int64"),
-        ([torch.rand(3, 32, 32)], None, "targets"),
-        ([torch.rand(3, 32, 32)], [], "1 images but 0 targets"),
-        (
-            [torch.rand(3, 64, 64)],
-            [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1, 3])}],
-            "start at 0",
-        ),
-        (
-            [torch.rand(3, 64, 64)],
-            [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1])}],
-            "boxes (2, 4)",
-        ),
+        (IMAGE, None, "targets"),
+        (IMAGE, [], "1 images but 0 targets"),
+        (IMAGE, [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1, 3])}], "start at 0"),
+        (IMAGE, [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1])}], "boxes (2, 4)"),
     ],
 )
-def test_wrong_input_is_explained(images, targets, words: str) -> None:
+def test_wrong_input_is_explained(
+    images: list[torch.Tensor], targets: list[dict] | None, words: str
+) -> None:
     with pytest.raises(ValueError) as error:
         build_model(TINY).train()(images, targets)
     assert words in str(error.value)
