@@ -1,4 +1,4 @@
-"""tools/convert.py: shapes tell the config, leftovers are named, the command line writes a file that is used."""
+"""tools/convert.py: the shapes of the tensors tell the config, and what does not fit is named."""
 
 import subprocess
 import sys
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, reference_weights
+from conftest import ROOT, TINY, reference_weights
 
+import support.convert
+import tools.convert
 from config import PRESETS, Config
 from model import build_model
 from support.checkpoint import load_checkpoint, load_model, save_checkpoint
 from support.convert import COCO_CLASSES, config_from, convert_checkpoint
 from support.errors import UserError
 from tools.convert import main
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,10 @@ def authors() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def mmdet() -> dict[str, torch.Tensor]:
     return reference_weights("mmdet_r50_100")
+
+
+def test_the_command_offers_the_function_that_checkpoints_are_read_with() -> None:
+    assert tools.convert.convert_checkpoint is support.convert.convert_checkpoint
 
 
 def test_both_vocabularies_give_the_same_names_and_the_papers_config(authors, mmdet) -> None:
@@ -81,13 +85,8 @@ def test_coco_has_80_classes() -> None:
 
 def test_the_command_line_writes_a_checkpoint(authors, tmp_path: Path) -> None:
     torch.save({"model": authors, "iteration": 269_999}, tmp_path / "in.pth")
-    command = [
-        sys.executable,
-        "-m",
-        "tools.convert",
-        str(tmp_path / "in.pth"),
-        str(tmp_path / "out.pt"),
-    ]
+    command = [sys.executable, "-m", "tools.convert"]
+    command += [str(tmp_path / "in.pth"), str(tmp_path / "out.pt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resnet50, 100 proposals, 6 stages, 80 classes (COCO)" in done.stdout
@@ -127,6 +126,20 @@ def test_weights_of_the_authors_and_of_mmdetection_are_loaded_as_they_are(
         UserError, match=r"left_over\.pth: .*1 names are neither.*rpn\.conv\.weight"
     ):
         load_model(tmp_path / "left_over.pth")
+
+
+def test_a_file_can_be_halved_in_place_and_survives_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    contents = {"model": build_model(TINY).state_dict(), "config": TINY.to_dict()}
+    contents |= {"class_names": list("abc"), "category_ids": [1, 2, 3]}
+    save_checkpoint(path, contents)
+    size = path.stat().st_size
+    main([str(path), str(path), "--half"])
+    assert path.stat().st_size < 0.7 * size
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=r"no/out\.pt"):
+        main([str(path), str(tmp_path / "no" / "out.pt")])
+    assert path.read_bytes() == before
 
 
 def test_half_precision_halves_a_file_and_leaves_out_the_training_state(tmp_path: Path) -> None:

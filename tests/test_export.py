@@ -1,4 +1,4 @@
-"""tools/export.py: the file gives what PyTorch gives at any size, the check can fail, unusable files are refused."""
+"""tools/export.py: the file gives what PyTorch gives at any size, and the check can fail."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from model import SparseRCNN, build_model
 from support.checkpoint import load_model, save_checkpoint
@@ -20,10 +20,8 @@ from support.onnx_detector import OnnxDetector
 from tools import export
 from tools.export import compare, main
 
-ROOT = Path(__file__).parents[1]
-CONFIG = replace(
-    TINY, canonical_box_px=24
-)  # so that small pictures have boxes for all levels of the pyramid
+# So that small images have boxes for all levels of the pyramid.
+CONFIG = replace(TINY, canonical_box_px=24)
 NAMES, IDS = ["Kätzchen", 'a "dog"', "cow"], [7, -3, 1000]
 
 
@@ -32,7 +30,7 @@ def random_checkpoint(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     model = build_model(CONFIG)
     with torch.no_grad():
-        # All but the first two, which stay the whole image: its size can lie exactly between two levels.
+        # The first two stay the whole image, whose size can lie exactly between two levels.
         model.proposal_boxes[2:] = 0.1 + 0.8 * torch.rand(CONFIG.num_proposals - 2, 4)
         for name, tensor in model.state_dict().items():
             if name.endswith("running_var"):
@@ -53,16 +51,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(source: Path) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.export",
-        str(source),
-        str(source.with_name("model.onnx")),
-    ]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    command = [sys.executable, "-m", "tools.export", str(source)]
+    command.append(str(source.with_name("model.onnx")))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +82,8 @@ def test_the_command_line_says_what_it_did_and_nothing_else(
     done: subprocess.CompletedProcess, exported: Path
 ) -> None:
     assert done.stderr == ""
-    first, *rest = done.stdout.splitlines()
+    first, *rest, took = done.stdout.splitlines()
+    assert took.startswith("tools.export: took ")
     assert first == f"{exported}: {exported.stat().st_size / 1e6:.1f} MB, opset 18, 3 classes"
     assert len(rest) == 6 and [line.split(":")[0].strip() for line in rest[3:]] == [
         "96×128",
@@ -254,8 +247,11 @@ def test_a_file_that_disagrees_is_not_written(
 
 @pytest.fixture
 def outputs() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Predictions of 4 proposals and 2 classes, and the right detections: the third's two scores are nearly equal, the
-    fourth and fifth best of all, so that either may be the last; the fourth proposal lies outside of the image."""
+    """Right detections, and the predictions of 4 proposals and 2 classes that they come from.
+
+    The third proposal has two nearly equal scores, the fourth and fifth best of all, so that either
+    of them may be the last one kept. The fourth proposal lies outside of the image.
+    """
     scores = torch.tensor([[0.9, 0.1], [0.2, 0.7], [0.5, 0.50001], [0.1, 0.8]])
     boxes_px = torch.tensor([[1.0, 1, 9, 9], [-5, 3, 15, 8], [2, 2, 4, 6], [60, 0, 70, 5]])
     right = [[1.0, 1, 9, 9], [0, 3, 15, 8], [2, 2, 4, 6]]

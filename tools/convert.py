@@ -1,4 +1,11 @@
-"""Published weights to ours: `python -m tools.convert IN OUT`."""
+"""Published weights to ours: `python -m tools.convert IN OUT`.
+
+In:  a checkpoint of the authors' code, of MMDetection or of ours, or the name of published weights.
+Out: a checkpoint of ours without the state of a training. Depth of the backbone, number of
+     proposals, classes and stages are read off the shapes of the tensors.
+
+`convert_checkpoint` does the same with a state dict in Python.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -6,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from torch import Tensor
 
 from config import Config
 from support.checkpoint import load_checkpoint, save_checkpoint
@@ -20,38 +28,56 @@ __all__ = ["convert_checkpoint"]
 class ConvertArgs:
     source: tyro.conf.Positional[Path]  # checkpoint of the authors' code, of MMDetection or of ours
     output: tyro.conf.Positional[Path]  # file to write
-    half: bool = False  # store floats in float16: half the size; they are loaded into float32 again
+    # Store floats in float16, which halves the file. They are loaded as float32 again.
+    half: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake raises `UserError`."""
+    """The command line.
+
+    Raises:
+        UserError: a mistake that the user can fix.
+    """
     args = parse_args(argv, ConvertArgs, "python -m tools.convert", __doc__.split("\n\n")[0])
     checkpoint = load_checkpoint(args.source)
-    model, config, names = (
-        checkpoint["model"],
-        Config.from_dict(checkpoint["config"]),
-        checkpoint["class_names"],
-    )
+    model = checkpoint["model"]
     if args.half:
-        model = {
-            key: value.half() if value.is_floating_point() else value
-            for key, value in model.items()
-        }
-        if large := [key for key, value in model.items() if not value.isfinite().all()]:
-            raise UserError(
-                f"{args.source}: not finite in float16: {', '.join(large[:6])}; leave out --half"
-            )
-    kept = {
-        "config": config.to_dict(),
-        "class_names": list(names),
-        "category_ids": list(checkpoint["category_ids"]),
-    }
-    save_checkpoint(args.output, {"model": model, **kept})
-    print(
-        f"{args.output}: {config.backbone}, {config.num_proposals} proposals, {config.num_stages} stages, {len(names)} "
-        f"classes{' (COCO)' if list(names) == list(COCO_CLASSES.values()) else ''}, {len(model)} tensors, "
-        f"{args.output.stat().st_size / 1e6:.1f} MB"
+        model = to_half(model, args.source)
+    config = Config.from_dict(checkpoint["config"])
+    class_names = list(checkpoint["class_names"])
+    save_checkpoint(
+        args.output,
+        {
+            "model": model,
+            "config": config.to_dict(),
+            "class_names": class_names,
+            "category_ids": list(checkpoint["category_ids"]),
+        },
     )
+
+    is_coco = class_names == list(COCO_CLASSES.values())
+    print(
+        f"{args.output}: {config.backbone}, {config.num_proposals} proposals, "
+        f"{config.num_stages} stages, {len(class_names)} classes{' (COCO)' if is_coco else ''}, "
+        f"{len(model)} tensors, {args.output.stat().st_size / 1e6:.1f} MB"
+    )
+
+
+def to_half(state_dict: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """A state dict with all floats in float16.
+
+    Raises:
+        UserError: a value is too large for that, or it was not finite before.
+    """
+    half = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in state_dict.items()
+    }
+    if large := [key for key, value in half.items() if not value.isfinite().all()]:
+        raise UserError(
+            f"{source}: not finite in float16: {', '.join(large[:6])}; leave out --half"
+        )
+    return half
 
 
 if __name__ == "__main__":

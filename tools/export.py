@@ -1,20 +1,25 @@
-"""A checkpoint to ONNX: `python -m tools.export last.pt model.onnx` writes one file that onnxruntime runs alone, from
-pixels to detections, and that `predict.py --weights model.onnx` takes.
+"""A checkpoint to ONNX: `python -m tools.export last.pt model.onnx`.
 
-In:  `image` (3, H, W) uint8 RGB, of any height and width. Like `SparseRCNN` itself the file does not resize.
-Out: `boxes` (n, 4) float32 xyxy pixels, clipped to the image, `scores` (n,) float32 falling, `labels` (n,) int64 from
-     0: what `SparseRCNN` gives in eval mode. Normalisation, padding, all stages, top-N and clipping are inside.
+The file holds everything from pixels to detections: normalisation, padding, all stages, top-N and
+clipping. onnxruntime runs it without PyTorch, and `predict.py --weights model.onnx` takes it. It is
+kept only if its detections agree with PyTorch's.
 
-Height and width are free. The batch is fixed to one image, because detections depend a little on how far an image is
-padded: alone, each is padded to the next multiple of 32 and no further.
+In:  `image` (3, H, W) uint8 RGB, of any height and width. Like `SparseRCNN` itself the file does
+     not resize.
+Out: `boxes` (n, 4) float32 xyxy pixels, clipped to the image; `scores` (n,) float32 in descending
+     order; `labels` (n,) int64 from 0. This is what `SparseRCNN` returns in eval mode.
 
-The file's metadata holds, as JSON, `class_names`, `category_ids`, and the `test_size` and `max_size` (pixels) that
-images are best resized to beforehand.
+Height and width are free, but there is one image at a time. Detections depend a little on how far
+an image is padded; alone, each is padded to the next multiple of 32 and no further.
+
+The metadata of the file holds, as JSON, `class_names`, `category_ids`, and the `test_size` and
+`max_size` (pixels) that images should be resized to beforehand.
+
+Shapes: N proposals, K classes, n detections of an image, c candidates (see `compare`).
 """
 
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,12 +39,18 @@ from support.checkpoint import load_model
 from support.cli import parse_args, run_main
 from support.errors import UserError, first_line
 from support.onnx_detector import INPUT, METADATA, OUTPUTS, OnnxDetector, needed
+from support.results import replacing
 
-BOX_TOLERANCE_PX, SCORE_TOLERANCE = 0.05, 1e-4
+# How far onnxruntime may be from PyTorch.
+BOX_TOLERANCE_PX = 0.05
+SCORE_TOLERANCE = 1e-4
+
+
+# --- writing ---
 
 
 class _OneImage(nn.Module):
-    """`SparseRCNN` with tensors in place of lists and dicts, which ONNX does not know."""
+    """`SparseRCNN` with tensors instead of lists and dicts, which ONNX does not have."""
 
     def __init__(self, model: SparseRCNN):
         super().__init__()
@@ -53,7 +64,7 @@ class _OneImage(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings: the exporter's are about its own inside."""
+    """Hides warnings and log messages: the exporter's are about its own internals."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,13 +78,13 @@ def _quiet() -> Iterator[None]:
 def export_onnx(
     model: SparseRCNN, path: str | Path, metadata: dict[str, Any], opset: int = 18
 ) -> None:
-    """Writes the ONNX file, unchecked.
+    """Writes the ONNX file without checking it.
 
     Args:
-        model: its detections in eval mode are exported; it is not changed.
-        path: written as one file, the weights in it.
-        metadata: the values of `METADATA`.
-        opset: ONNX's version of its operators, 18 … 21.
+        model: its detections in eval mode are exported. It is not changed.
+        path: of the file, which includes the weights.
+        metadata: has the keys in `METADATA`.
+        opset: the version of ONNX's operators, 18 … 21.
 
     Raises:
         UserError: onnx or onnxscript is not installed, or cannot write this opset.
@@ -82,7 +93,8 @@ def export_onnx(
     for package in ("onnx", "onnxscript"):
         needed(package)
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
-    # Any size serves as the example, but one whose sides or maps are equal, or 1, could be taken for a rule.
+    # The example may have any size, except that the exporter could take it for a rule if two sides
+    # of the image or of a feature map were equal, or if one were 1.
     example = torch.zeros(3, 70, 101, dtype=torch.uint8, device=model.proposal_boxes.device)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -95,65 +107,79 @@ def export_onnx(
             output_names=list(OUTPUTS),
             verbose=False,
         )
-    if (
-        written := program.model.opset_imports[""]
-    ) != opset:  # the exporter has logged why and gone on
+
+    # If it cannot convert to the opset, the exporter only logs that.
+    written = program.model.opset_imports[""]
+    if written != opset:
         raise UserError(
-            f"--opset {opset}: this version of torch and onnxscript writes {written} only; give that"
+            f"--opset {opset}: this version of torch and onnxscript writes {written} only; use that"
         )
+    # The exporter's stack traces would tell paths of the machine that it ran on.
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # the exporter's stack traces, with the paths of the machine it ran on
+        node.metadata_props.clear()
     program.model.metadata_props.update({name: json.dumps(metadata[name]) for name in METADATA})
     program.save(str(path), external_data=False)
+
+
+# --- checking ---
 
 
 class Comparison(NamedTuple):
     """How far an ONNX file is from PyTorch on one image."""
 
     count: int  # detections of the file
-    boxes_px: float  # the largest difference of a box's side
-    scores: float  # the largest difference of a score
-    problem: str | None  # what is wrong, None where the two agree
+    boxes_px: float  # the largest difference between the sides of two boxes
+    scores: float  # the largest difference between two scores
+    problem: str | None  # what is wrong; None if the two agree
 
 
 def compare(
     found: dict[str, Tensor], logits: Tensor, boxes_px: Tensor, whwh_px: Tensor
 ) -> Comparison:
-    """Detections against PyTorch's predictions before any selection.
+    """Compares detections with PyTorch's predictions before any selection.
 
-    Not rank by rank: float32 sums taken in another order differ in their last bits, so nearly equal scores may change
-    places, also across the cut between the N-th best and the next, and a box that clipping leaves hardly any area may
-    be kept by one and dropped by the other. Therefore each detection has to be one of PyTorch's N·K candidates, with
-    its label and no two the same one, and all candidates that are clearly above the cut and clearly have an area have
-    to be among the detections.
+    They cannot be compared rank by rank. float32 sums that are taken in another order differ in
+    their last bits. So two scores that are nearly equal may change places, also where one of them
+    is the N-th best and the other is left out; and a box that clipping leaves hardly any area may
+    be kept by one and dropped by the other.
+
+    Therefore every detection has to be one of PyTorch's N·K candidates, with the same label, and no
+    two of them the same candidate. In turn, all candidates have to be detections that score clearly
+    more than the last one kept and clearly have an area.
 
     Args:
-        found: one image's `boxes` (n, 4), `scores` (n,), `labels` (n,).
-        logits: (N, K), boxes_px: (N, 4) xyxy pixels, not clipped, whwh_px: (4,), of PyTorch's last stage.
+        found: `boxes` (n, 4), `scores` (n,) and `labels` (n,) of one image.
+        logits: (N, K), of PyTorch's last stage.
+        boxes_px: (N, 4) xyxy pixels, not clipped, of the same stage.
+        whwh_px: (4,), the image's width, height, width and height.
     """
     N, K = logits.shape
     scores = logits.sigmoid().flatten()  # (N·K,)
     cut = scores.topk(N).values[-1]
     candidates = torch.nonzero(scores >= cut - SCORE_TOLERANCE).squeeze(1)  # (c,)
-    scores, labels = scores[candidates], candidates % K
+    scores = scores[candidates]
+    labels = candidates % K
     boxes_px = boxes_px.clamp(min=0).minimum(whwh_px)[candidates // K]  # (c, 4)
 
+    # How far each detection is from each candidate, in tolerances.
     box_distance_px = (found["boxes"][:, None] - boxes_px).abs().amax(-1)  # (n, c)
     score_distance = (found["scores"][:, None] - scores).abs()  # (n, c)
-    distance = torch.maximum(
-        box_distance_px / BOX_TOLERANCE_PX, score_distance / SCORE_TOLERANCE
-    ).double()
+    distance = torch.maximum(box_distance_px / BOX_TOLERANCE_PX, score_distance / SCORE_TOLERANCE)
+    distance = distance.double()
     distance[found["labels"][:, None] != labels] = torch.inf
-    is_wrong = ~(distance <= 1)
-    # The sum is least where the fewest pairs are wrong, and among those where the right ones are nearest.
+    is_wrong = ~(distance <= 1)  # also if it is NaN
+
+    # The cheapest assignment has the fewest wrong pairs, and among those assignments it is the one
+    # whose right pairs are the nearest.
     cost = distance.nan_to_num(1e6).clamp(max=1e6) + 1e6 * is_wrong
     rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(cost.numpy()))
 
-    is_missing = (scores > cut + SCORE_TOLERANCE) & (
-        (boxes_px[:, 2:] - boxes_px[:, :2]).amin(1) > BOX_TOLERANCE_PX
-    )
+    has_area = (boxes_px[:, 2:] - boxes_px[:, :2]).amin(1) > BOX_TOLERANCE_PX
+    is_missing = (scores > cut + SCORE_TOLERANCE) & has_area
     is_missing[columns] = False
-    count, right = len(found["boxes"]), int((~is_wrong[rows, columns]).sum())
+
+    count = len(found["boxes"])
+    right = int((~is_wrong[rows, columns]).sum())
     problem = None
     if right < count:
         problem = f"{count - right} of {count} detections are not among PyTorch's"
@@ -161,6 +187,7 @@ def compare(
         problem = f"{int(is_missing.sum())} of PyTorch's detections are missing"
     elif (found["scores"].diff() > 0).any():
         problem = "the scores do not fall"
+
     largest = [
         float(np.max(part[rows, columns].numpy(), initial=0))
         for part in (box_distance_px, score_distance)
@@ -169,43 +196,38 @@ def compare(
 
 
 def check(detector: OnnxDetector, model: SparseRCNN, size: tuple[int, int]) -> Comparison:
-    """Runs an ONNX file and its model on one image of random pixels, of `size` (height, width), and compares them."""
+    """Compares an ONNX file with its model on an image of random pixels.
+
+    Args:
+        detector: the file.
+        model: on the CPU.
+        size: height and width of the image.
+    """
     height, width = size
-    image = torch.randint(
-        256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    whwh_px = torch.tensor([width, height, width, height])
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
-        logits, boxes_px = (part[-1, 0] for part in model.stages([image]))  # (N, K), (N, 4)
+        outputs = model.stages([image])
     try:
         found = detector([image])[0]
-    except Exception as error:  # as in `OnnxDetector`
+    except Exception as error:  # the errors of onnxruntime have no base class of their own
         return Comparison(0, 0, 0, first_line(error))
-    return compare(found, logits, boxes_px, whwh_px)
+    whwh_px = torch.tensor([width, height, width, height])
+    return compare(found, outputs.logits[-1, 0], outputs.boxes[-1, 0], whwh_px)
 
 
-@dataclass(frozen=True)
-class ExportArgs:
-    source: tyro.conf.Positional[Path]  # checkpoint of train.py or tools.convert
-    output: tyro.conf.Positional[Path]  # file to write, *.onnx
-    # ONNX's version of its operators. torch writes none before 18, and onnxruntime's CPU lacks the RoIAlign of 22.
-    opset: Literal[18, 19, 20, 21] = 18
-    # Pixels: height and width of each image that the file is checked on; by default three that follow the model's
-    # test size, wide, tall and smaller.
-    sizes: tuple[tuple[int, int], ...] = ()
-
-
-def _checked_line(output: Path, size: tuple[int, int], result: Comparison) -> str:
-    """What to print of a comparison.
+def require_agreement(output: Path, size: tuple[int, int], result: Comparison) -> str:
+    """What to print about a comparison.
 
     Raises:
-        UserError: the two disagree.
+        UserError: the file and PyTorch disagree.
     """
     if result.problem:
         raise UserError(
-            f"{output}: not written, as onnxruntime and PyTorch disagree on an image of {size[0]}×{size[1]} pixels: "
-            f"{result.problem} (to {BOX_TOLERANCE_PX} px and {SCORE_TOLERANCE:g}). Untrained weights can magnify "
-            "rounding so far; with trained ones try another --opset, or other versions of torch and onnxruntime"
+            f"{output}: not written, as onnxruntime and PyTorch disagree on an image of "
+            f"{size[0]}×{size[1]} pixels: {result.problem} (to {BOX_TOLERANCE_PX} px and "
+            f"{SCORE_TOLERANCE:g}). Untrained weights can magnify rounding so far; with trained "
+            "ones try another --opset, or other versions of torch and onnxruntime"
         )
     return (
         f"  {size[0]}×{size[1]}: {result.count} detections, boxes within {result.boxes_px:.2g} px, "
@@ -213,33 +235,40 @@ def _checked_line(output: Path, size: tuple[int, int], result: Comparison) -> st
     )
 
 
+# --- command line ---
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    source: tyro.conf.Positional[Path]  # checkpoint of train.py or tools.convert
+    output: tyro.conf.Positional[Path]  # file to write, *.onnx
+    # Version of ONNX's operators. torch writes none before 18, and onnxruntime's CPU lacks the
+    # RoIAlign of 22.
+    opset: Literal[18, 19, 20, 21] = 18
+    # Pixels: height and width of each image that the file is checked on; by default three that
+    # follow the model's test size: wide, tall and smaller.
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake raises `UserError`."""
+    """The command line.
+
+    Raises:
+        UserError: a mistake that the user can fix.
+    """
     args = parse_args(argv, ExportArgs, "python -m tools.export", __doc__.split("\n\n")[0])
-    if args.output.suffix != ".onnx":
-        raise UserError(f"{args.output}: the file to write should end in .onnx")
-    if not args.output.parent.is_dir():
-        raise UserError(f"{args.output.parent}: no such folder; make it first")
-    if any(side < 1 for size in args.sizes for side in size):
-        raise UserError(f"--sizes {args.sizes}: heights and widths should be at least 1 pixel")
-    needed("onnxruntime")  # before the minute that an export takes
+    _check_args(args)
     model, checkpoint = load_model(args.source)
     config = checkpoint["config"]
-    short, long = config.test_size, round(config.test_size * 4 / 3)
-    sizes = args.sizes or (
-        (short, long),
-        (long, short),
-        (max(1, short * 5 // 8 - 1), max(1, long // 2 - 1)),
-    )
+    sizes = args.sizes or default_sizes(config.test_size)
 
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    try:
+    with replacing(args.output) as temporary:
         export_onnx(model, temporary, {**checkpoint, **config.to_dict()}, args.opset)
         detector = OnnxDetector(temporary)
-        lines = [_checked_line(args.output, size, check(detector, model, size)) for size in sizes]
-        os.replace(temporary, args.output)
-    finally:
-        temporary.unlink(missing_ok=True)
+        lines = []
+        for size in sizes:
+            lines.append(require_agreement(args.output, size, check(detector, model, size)))
+
     print(
         f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, opset {args.opset}, "
         f"{len(detector.class_names)} classes\n"
@@ -249,6 +278,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         *lines,
         sep="\n",
     )
+
+
+def _check_args(args: ExportArgs) -> None:
+    """Finds mistakes before the minute that an export takes.
+
+    Raises:
+        UserError: says what is wrong.
+    """
+    if args.output.suffix != ".onnx":
+        raise UserError(f"{args.output}: the file to write should end in .onnx")
+    if args.output.is_dir():
+        raise UserError(f"{args.output}: this is a folder; give the file to write")
+    if not args.output.parent.is_dir():
+        raise UserError(f"{args.output.parent}: no such folder; make it first")
+    if any(side < 1 for size in args.sizes for side in size):
+        raise UserError(f"--sizes {args.sizes}: heights and widths should be at least 1 pixel")
+    needed("onnxruntime")
+
+
+def default_sizes(test_size: int) -> list[tuple[int, int]]:
+    """Heights and widths to check a file on: a wide image, a tall one and a smaller, odd one."""
+    short, long = test_size, round(test_size * 4 / 3)
+    return [(short, long), (long, short), (max(1, short * 5 // 8 - 1), max(1, long // 2 - 1))]
 
 
 if __name__ == "__main__":
