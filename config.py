@@ -36,6 +36,8 @@ class DataConfig:
     test_size: int = 800  # pixels: the shortest side in evaluation (code)
     flip: bool = True  # flip half of the training images left to right (code)
     flip_vertical: bool = False  # flip half of the training images upside down; not in the paper
+    # Multiply brightness, contrast and saturation by a number in 1 ± this; not in the paper.
+    color_jitter: float = 0.0
     crop: bool = False  # random crops of half of the training images (paper, Table 1, starred rows)
     crop_resize: tuple[int, ...] = (400, 500, 600)  # pixels: the shortest side before a crop (code)
     crop_sizes: tuple[int, int] = (384, 600)  # pixels: sides of a crop, from and to (code)
@@ -149,6 +151,7 @@ class Config(TrainingConfig, LossConfig, ModelConfig, DataConfig):
 
         low, high = self.crop_sizes
         self._require("crop_sizes", 1 <= low <= high, "should be two sizes, the smaller one first")
+        self._require("color_jitter", 0 <= self.color_jitter <= 1, "should lie in 0 … 1")
         self._require("prior_prob", 0 < self.prior_prob < 1, "should lie between 0 and 1")
         self._require("dropout", 0 <= self.dropout < 1, "should be at least 0 and less than 1")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "should not be negative")

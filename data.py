@@ -309,6 +309,9 @@ def train_transforms(config: Config) -> v2.Compose:
     # runs of the paper's recipe should not depend on an option that is not in it.
     if config.flip_vertical:
         steps.append(v2.RandomVerticalFlip(0.5))
+    if config.color_jitter:
+        jitter = config.color_jitter
+        steps.append(v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter))
     return v2.Compose([*steps, drop_degenerate])
 
 

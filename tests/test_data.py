@@ -389,6 +389,18 @@ def test_boxes_follow_the_pixels(name: str, width: int, height: int) -> None:
     assert (where["upside down"] > 0) == (name == "flip both ways")
 
 
+def test_colour_jitter_changes_pixels_and_no_box() -> None:
+    _, target = painted(64, 48, [(10, 8, 40, 30)])
+    image = tv_tensors.Image(torch.randint(40, 200, (3, 48, 64), dtype=torch.uint8))
+    config = Config(flip=False, min_sizes=(48,), max_size=64)
+    plain = data.train_transforms(config)(image, target)
+    torch.manual_seed(3)
+    jittered = data.train_transforms(replace(config, color_jitter=0.3))(image, target)
+    assert torch.equal(plain[1]["boxes"], jittered[1]["boxes"])
+    difference = (plain[0].int() - jittered[0].int()).abs()
+    assert 0 < difference.max() and difference.double().mean() < 80
+
+
 def test_sizes_of_the_recipe() -> None:
     torch.manual_seed(0)
     config, shortest = PRESETS["r50-100"], set()
