@@ -53,9 +53,9 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def drawable(text: str) -> str:
+def drawable(text: object) -> str:
     """A text without the lone surrogates of file names that are not UTF-8: fonts refuse them."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return str(text).encode("utf-8", "replace").decode("utf-8")
 
 
 # --- figures ---

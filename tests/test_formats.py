@@ -1,4 +1,4 @@
-"""The README's "Other formats": its code turns other tools' labels into JSON for train.py."""
+"""DATA.md, "Other formats": its code turns other tools' labels into JSON for train.py."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from PIL import Image
 import train
 from data import CocoDataset
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+DATA = (Path(__file__).parents[1] / "DATA.md").read_text(encoding="utf-8")
 COLOURS = {"cat": (250, 20, 20), "dog": (20, 20, 250)}
 CLASSES = ["cat", "dog", "cow"]  # YOLO's ids 0, 1 and 2; nothing is a cow
 
@@ -114,16 +114,16 @@ def write_labelme() -> None:
 
 
 def run_readme(loader: str) -> None:
-    """Runs the README's code with the line of one format, in the current folder."""
+    """Runs the code of DATA.md with the line of one format, in the current folder."""
     pytest.importorskip("supervision", minversion="0.31.2")
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", DATA, re.DOTALL)
     (block,) = [block for block in blocks if "supervision" in block]
     loaders = [line for line in block.splitlines() if ".from_" in line]
     assert len(loaders) == 3 and loader in block
     for line in loaders:
         if f".{loader}(" not in line:
             block = block.replace(line, "")
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "DATA.md", "exec"), {})
 
 
 @pytest.mark.parametrize(
