@@ -26,8 +26,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -59,6 +60,7 @@ from support.results import (
     raise_bug,
     signal_of,
     signals_like_ctrl_c,
+    undisturbed,
     would_fail_again,
 )
 from visualize import draw_detections, draw_stages, save_figure
@@ -339,7 +341,7 @@ def predict_files(
                 tally.skip(file, found)
                 continue
             try:
-                write_pictures(predictor, output, name, item, found)
+                undisturbed(partial(write_pictures, predictor, output, name, item, found))
                 records.append(record_of(file, item, found))
             except Exception as error:
                 if would_fail_again(error):
@@ -439,7 +441,10 @@ def record_of(file: Path, item: Item, found: Found) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PredictArgs:
-    inputs: tyro.conf.Positional[tuple[str, ...]]  # images, and folders of images
+    inputs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="IMAGE_OR_FOLDER …", help="images, and folders of images"),
+    ]
     # Checkpoint, ONNX file, or name of published weights (see the README). The default is such a
     # name: it downloads about 420 MB, once, into torch.hub's cache (~/.cache/torch/hub/checkpoints
     # unless TORCH_HOME is set).

@@ -185,13 +185,15 @@ def train(
 def evaluate_training(training: Training, val_set: Dataset) -> dict[str, Any]:
     """The model's AP on the validation set, with as many images at a time as in training."""
     config, world = training.config, training.world
+    batch_size = config.micro_batch or config.batch_size // world.size
     metrics, _ = evaluate(
         training.model,
         val_set,
         world,
-        batch_size=config.micro_batch or config.batch_size // world.size,
+        batch_size=batch_size,
         workers=config.workers,
         amp=config.amp,
+        batch_bytes=3 * config.test_size * config.max_size * batch_size,
     )
     return metrics
 

@@ -124,6 +124,9 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
         if status in (0, 1) and is_main:
             print(f"{prog}: took {duration(time.perf_counter() - start)}", flush=True)
         return status
+    except BrokenPipeError:  # the reader of `predict.py … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as the shell's own commands
     except (UserError, OSError, FloatingPointError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

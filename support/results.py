@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,17 +67,48 @@ def load_tolerantly(
 ) -> Iterator[list[Item | Failure]]:
     """Loads a data set in batches of (image, target), in which failures take the place of some.
 
+    If a worker process is killed, this one loads what is left.
+
     Args:
         dataset: of (image, target), a tensor and a dict.
         batches: the indices of each.
         workers, batch_bytes: as for `make_loader`.
     """
     loader = make_loader(_Attempts(dataset), batches, workers, batch_bytes=batch_bytes)
-    for images, targets in loader:
-        yield [
-            image if isinstance(image, Failure) else (image, target)
-            for image, target in zip(images, targets, strict=True)
-        ]
+    num_loaded = 0
+    try:
+        for images, targets in loader:
+            num_loaded += 1
+            yield [
+                image if isinstance(image, Failure) else (image, target)
+                for image, target in zip(images, targets, strict=True)
+            ]
+    except RuntimeError as error:
+        if not _is_killed_worker(error):
+            raise
+        warnings.warn(
+            "a process that loads images was killed, often because the memory is full; going on "
+            "without such processes (--workers 0)",
+            stacklevel=2,
+        )
+        yield from load_tolerantly(dataset, batches[num_loaded:], workers=0)
+
+
+def _is_killed_worker(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def undisturbed(run: Callable[[], Any]) -> Any:
+    """Runs a function, and once more if the news that a worker was killed interrupts it.
+
+    PyTorch raises that error right where the main process happens to be.
+    """
+    try:
+        return run()
+    except RuntimeError as error:
+        if not _is_killed_worker(error):
+            raise
+    return run()
 
 
 def attempt(
@@ -97,7 +129,7 @@ def attempt(
     results: list[Any] = []
     try:
         if sound:
-            results = list(run(sound))
+            results = list(undisturbed(lambda: run(sound)))
     except Exception as error:
         failure = Failure.of(error)
 

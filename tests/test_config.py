@@ -228,6 +228,22 @@ def test_run_main_gives_the_contracts_exit_codes(capsys, monkeypatch: pytest.Mon
     assert capsys.readouterr().err.strip() == "x.py: stopped by Ctrl-C"
 
 
+def test_a_pipe_that_is_closed_is_no_error_of_ours() -> None:
+    script = (
+        "import sys; from support.cli import run_main\n"
+        "def main():\n"
+        "    for _ in range(100_000): print('a line')\n"
+        "sys.exit(run_main(main, 'x.py'))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], env=env, **pipes)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1251", "cp932"])
 def test_no_character_that_is_printed_ends_a_run(encoding: str) -> None:
     script = (

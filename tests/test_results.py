@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from support.errors import UserError
 from support.results import (
@@ -21,6 +21,7 @@ from support.results import (
     replacing,
     signal_of,
     signals_like_ctrl_c,
+    undisturbed,
     write_json,
 )
 
@@ -79,6 +80,36 @@ def test_items_that_cannot_be_loaded_do_not_stop_the_loader(workers: int) -> Non
     assert batches[1][0].reason == "KeyError: 'three'"
     assert "__getitem__" in batches[1][0].trace
     assert [target["number"] for _, target in batches[2]] == [2, 4]
+
+
+class Deadly(Dataset):
+    """Kills the worker process that loads number 2, as the system does where memory is full."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+        if index == 2 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((3, 1, 1), index), {"number": index}
+
+
+def test_a_worker_that_is_killed_does_not_end_the_run() -> None:
+    with pytest.warns(UserWarning, match=r"was killed.*--workers 0"):
+        batches = list(load_tolerantly(Deadly(), [[0], [1], [2, 3], [4]], workers=1))
+    numbers = [[target["number"] for _, target in batch] for batch in batches]
+    assert numbers == [[0], [1], [2, 3], [4]]
+
+
+def test_news_of_a_killed_worker_do_not_count_as_a_failure() -> None:
+    calls = []
+
+    def run(items: list[int]) -> list[int]:
+        calls.append(items)
+        if len(calls) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        return items
+
+    assert attempt(run, [1, 2]) == [1, 2] and calls == [[1, 2], [1, 2]]
+    with pytest.raises(RuntimeError, match="another"):
+        undisturbed(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 # --- files ---
