@@ -46,8 +46,8 @@ class SparseRCNN(nn.Module):
 
     Args:
         backbone: maps (B, 3, H, W) to a list of feature maps, finest first.
-        head: maps these maps, boxes_px (B, N, 4) and pro_feats (B, N, C) to logits (S, B, N, K) and
-            boxes_px (S, B, N, 4).
+        head: takes these maps, boxes_px (B, N, 4) and pro_feats (B, N, C), and returns logits
+            (S, B, N, K) and boxes_px (S, B, N, 4).
         criterion: maps (logits, boxes_px, targets, whwh_px, num_objects) to a dict of losses.
         init_boxes: (N, 4), where the proposal boxes start: cx, cy, w, h in 0–1 of the image.
         init_feats: (N, C), where the proposal features start.
