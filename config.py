@@ -29,12 +29,13 @@ class DataConfig:
     val_images: str | None = None  # folder of the images that --val-json lists
     data: Literal["coco", "shapes-demo", "shapes-crowded"] = "coco"  # the data without --train-json
     workers: int = 4  # loader processes per training process; 0 loads images in that process itself
-    # Pixels: the shortest side of a training image becomes one of these, chosen at random (code).
+    # Pixels: the shortest side of a training image becomes one of these, chosen at random
+    # (paper, Training details).
     min_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    # Pixels: upper limit of the longest side, in training and evaluation (code).
+    # Pixels: upper limit of the longest side, in training and evaluation (paper).
     max_size: int = 1333
-    test_size: int = 800  # pixels: the shortest side in evaluation (code)
-    flip: bool = True  # flip half of the training images left to right (code)
+    test_size: int = 800  # pixels: the shortest side in evaluation (paper)
+    flip: bool = True  # flip half of the training images left to right (paper)
     flip_vertical: bool = False  # flip half of the training images upside down; not in the paper
     # Multiply brightness, contrast and saturation by a number in 1 ± this; not in the paper.
     color_jitter: float = 0.0

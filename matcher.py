@@ -86,8 +86,8 @@ class HungarianMatcher(nn.Module):
         whwh_px = whwh_px[image][:, None]  # (M, 1, 4)
 
         costs = []
-        # One stage at a time, all images at once: a loop over the images would take longer to start
-        # its many small operations than to compute them.
+        # One stage at a time, all images at once. With few objects per image, a loop over images
+        # would take longer to start its many small operations than to compute them.
         for stage_logits, stage_boxes_px in zip(logits, boxes_px, strict=True):
             # What the N proposals of its image predict: a logit for the object's class, and a box.
             logit = stage_logits.transpose(1, 2)[image, label].float()  # (B, K, N) -> (M, N)

@@ -284,7 +284,11 @@ def start_training(
 ) -> Training:
     """A new model, and AdamW over all of its parameters that are trained (paper)."""
     torch.manual_seed(config.seed)
-    model = build(config).to(world.device)
+    try:
+        model = build(config).to(world.device)
+    except FileNotFoundError as error:
+        flags = "--no-pretrained-backbone --no-freeze-backbone"
+        raise UserError(f"{error}. On the command line these are {flags}") from None
     if not world.is_main:
         torch.manual_seed(config.seed + world.rank)  # dropout differs between the processes
     if config.compile:
