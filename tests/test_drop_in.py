@@ -14,9 +14,12 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FeaturePyramidNetwork, box_iou
 
 from backbone import ResNetFPN, SmallFPN, fold_batch_norms
+from head import DynamicInteraction, Stage
 from model import SparseRCNN, build_model
 from shapes import ShapesDataset
 from support.checkpoint import load_model
+from support.devices import check_compiler
+from support.errors import UserError
 from support.loader import collate
 
 CONFIG = replace(TINY, num_proposals=10, num_classes=3)
@@ -160,8 +163,9 @@ def test_folding_changes_no_map(make: Callable[[], nn.Module]) -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> tuple[SparseRCNN, Callable]:
+    """The graphs of torch.compile as they are; the compiler itself is tried on one stage below."""
     model = trained()
-    return model, torch.compile(model)
+    return model, torch.compile(model, backend="aot_eager")
 
 
 def test_compiled_inference_gives_the_same(compiled: tuple[SparseRCNN, Callable]) -> None:
@@ -187,6 +191,33 @@ def test_compiled_training_gives_the_same(compiled: tuple[SparseRCNN, Callable])
         assert losses[1][key].item() == pytest.approx(value.item(), rel=1e-4)
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
+def test_a_stage_compiled_for_real_gives_the_same() -> None:
+    """By inductor, which writes C++; one small stage has all kinds of layers."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except UserError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    stage = Stage(
+        hidden_dim=16,
+        num_classes=3,
+        num_heads=2,
+        ffn_dim=32,
+        interaction=DynamicInteraction(hidden_dim=16, dynamic_dim=4, roi_size=3),
+    )
+    fast = copy.deepcopy(stage)
+    fast.compile()
+    roi_feats, pro_feats = torch.randn(2 * 5, 16, 3, 3), torch.randn(2, 5, 16)
+    boxes_px = torch.tensor([4.0, 8.0, 40.0, 30.0]).expand(2, 5, 4)
+    results = [module(roi_feats, boxes_px, pro_feats) for module in (stage, fast)]
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for outputs in results:
+        sum(output.sum() for output in outputs).backward()
+    for (name, expected), found in zip(stage.named_parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_compiled_parts_give_the_same_and_compile_once_for_all_image_sizes() -> None:
