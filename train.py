@@ -354,14 +354,14 @@ def run(
     """
     with join_world(args.device) as world:
         choose_threads(world.device, args.config, max(args.config.min_sizes))
+        known_names = checkpoint["class_names"] if checkpoint is not None else None
+        train_set, val_set, notes = prepare_data(args, known_names, world)
+        config = replace(args.config, num_classes=len(train_set.class_names))
         lock = None
         with world.together():
             if world.is_main:
                 lock = prepare_output(args.output, args.resume)
-                warn_of_slow_bf16(world.device, args.config.amp)
-        known_names = checkpoint["class_names"] if checkpoint is not None else None
-        train_set, val_set, notes = prepare_data(args, known_names, world)
-        config = replace(args.config, num_classes=len(train_set.class_names))
+                warn_of_slow_bf16(world.device, config.amp)
 
         sizes_hw = train_set.sizes_hw
         batches = GroupedBatches(sizes_hw, config.batch_size, config.seed, world.rank, world.size)
