@@ -100,12 +100,11 @@ def test_a_signal_is_noted_and_a_second_interrupt_obeyed() -> None:
         with StopSignal() as stop:
             assert stop.signal is None
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
                 assert stop.signal == number
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                signal.pause()
-        os.kill(os.getpid(), signal.SIGTERM)  # still noted, not obeyed
+                signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # still noted, not obeyed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -484,7 +484,7 @@ def test_a_signal_in_an_evaluation_ends_it(
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def interrupted(*args, **kwargs) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(train, "evaluate", interrupted)
     try:
