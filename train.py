@@ -243,15 +243,14 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
     return replace(args, resume=resume), checkpoint
 
 
-def prepare_data(
-    args: TrainArgs, known_names: Sequence[str] | None, world: World
-) -> tuple[Dataset, Dataset | None, list[str]]:
-    """The training set and the validation set, both checked, and notes for the summary.
+def make_datasets(
+    args: TrainArgs, known_names: Sequence[str] | None
+) -> tuple[Dataset, Dataset | None]:
+    """The training set and the validation set.
 
     Args:
         args: the command line.
         known_names: class names of the checkpoint to resume from; they must be the data's.
-        world: the processes, which share the work of the check.
 
     Raises:
         UserError: the data cannot be trained on.
@@ -264,15 +263,7 @@ def prepare_data(
         ignore_new_classes=args.ignore_new_classes,
     )
     require_objects(train_set)
-    notes = []
-    with world.together():
-        if world.is_main:
-            warn_of_crowded_images(train_set, args.config.num_proposals)
-        for dataset in (train_set, val_set):
-            if dataset is not None:
-                notes += dataset.notes
-                notes += check_data(dataset, world.rank, world.size, decode=args.check_data)
-    return train_set, val_set, notes
+    return train_set, val_set
 
 
 def start_training(
@@ -355,13 +346,18 @@ def run(
     with join_world(args.device) as world:
         choose_threads(world.device, args.config, max(args.config.min_sizes))
         known_names = checkpoint["class_names"] if checkpoint is not None else None
-        train_set, val_set, notes = prepare_data(args, known_names, world)
+        train_set, val_set = make_datasets(args, known_names)
         config = replace(args.config, num_classes=len(train_set.class_names))
-        lock = None
+        lock, notes = None, []
         with world.together():
             if world.is_main:
-                lock = prepare_output(args.output, args.resume)
+                warn_of_crowded_images(train_set, config.num_proposals)
                 warn_of_slow_bf16(world.device, config.amp)
+                lock = prepare_output(args.output, args.resume)
+            for dataset in (train_set, val_set):
+                if dataset is not None:
+                    notes += dataset.notes
+                    notes += check_data(dataset, world.rank, world.size, decode=args.check_data)
 
         sizes_hw = train_set.sizes_hw
         batches = GroupedBatches(sizes_hw, config.batch_size, config.seed, world.rank, world.size)
