@@ -27,7 +27,7 @@ demo: $(READY)
 	@rm -rf runs/demo
 	@echo "demo: $(PROCESSES) processes with one thread each (one per core, at most four)"
 	@start=$$(date +%s) && \
-	$(LAUNCH) train.py --preset shapes --epochs 6 --batch-size 8 --lr 1e-3 --eval-every 6 --output runs/demo && \
+	$(LAUNCH) train.py --preset shapes --num-stages 6 --num-proposals 10 --eval-every 6 --output runs/demo && \
 	$(LAUNCH) evaluate.py --weights runs/demo/last.pt --output runs/demo --workers 0 --per-class && \
 	$(RUN) visualize.py --weights runs/demo/last.pt --output runs/demo && \
 	echo "demo: $$(( ($$(date +%s) - start) / 60 )) min $$(( ($$(date +%s) - start) % 60 )) s;" \

@@ -100,6 +100,7 @@ class SmallFPN(nn.Module):
             for inner, outer in pairwise(widths)
         )
         self.fpn = FeaturePyramidNetwork(list(widths[1:]), out_channels)
+        self.to(memory_format=torch.channels_last)  # faster, as in ResNetFPN
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> [p2, p3, p4, p5], each (B, C, H/stride, W/stride)."""

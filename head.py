@@ -24,7 +24,7 @@ The file imports nothing of this project: copied alone it runs.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, bmm, nn
@@ -270,6 +270,7 @@ class RoIPooler(nn.Module):
         canonical_box_px: boxes whose √area is at least this are pooled at stride 16, from half of
             it at stride 8, and so on. 224 is the size of ImageNet's crops.
         sampling_ratio: samples per bin along each side, averaged.
+        roi_align: torchvision's, or another function with its arguments.
     """
 
     def __init__(
@@ -278,12 +279,14 @@ class RoIPooler(nn.Module):
         strides: Sequence[int] = (4, 8, 16, 32),
         canonical_box_px: float = 224,
         sampling_ratio: int = 2,
+        roi_align: Callable[..., Tensor] = roi_align,
     ):
         super().__init__()
         self.roi_size = roi_size
         self.strides = tuple(strides)
         self.canonical_box_px = canonical_box_px
         self.sampling_ratio = sampling_ratio
+        self.roi_align = roi_align
 
     def levels(self, boxes_px: Tensor) -> Tensor:
         """boxes_px (…, 4) xyxy -> index into the pyramid (…) int64: 0 for p2, 3 for p5."""
@@ -312,7 +315,7 @@ class RoIPooler(nn.Module):
         for level, (features, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
             rows = torch.nonzero(levels == level).squeeze(1)  # (n,), the boxes of this level
             # aligned=True: a cell's value belongs to its centre, not to its top left corner.
-            pooled = roi_align(
+            pooled = self.roi_align(
                 features, rois[rows], self.roi_size, 1 / stride, self.sampling_ratio, aligned=True
             )  # (n, C, R, R)
             roi_feats.index_copy_(0, rows, pooled)

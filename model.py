@@ -29,6 +29,7 @@ from config import Config
 from head import DynamicHead, DynamicInteraction, RoIPooler, Stage
 from loss import SetCriterion
 from matcher import HungarianMatcher
+from support.roi_align import roi_align
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # R, G, B of values 0–255
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -329,7 +330,10 @@ def build_model(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
         )
         stages.append(stage)
     pooler = RoIPooler(
-        roi_size=config.roi_size, strides=STRIDES, canonical_box_px=config.canonical_box_px
+        roi_size=config.roi_size,
+        strides=STRIDES,
+        canonical_box_px=config.canonical_box_px,
+        roi_align=roi_align,
     )
     head = DynamicHead(stages, pooler)
 

@@ -45,6 +45,9 @@ from support.results import make_folder, replacing
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#FFFFFF")
 MARKERS = ("o", "s", "D", "^", "v", "P", "*", "X")  # of lines, to tell them apart in print
 HATCHES = ("", "//", "..", "xx", "--", "oo")  # of the parts of a bar, likewise
+# What is not a class is black or grey. Lines differ by shade, dashes and marker, objects by dashes.
+GREYS = ("#000000", "#6E6E6E", "#3C3C3C", "#8C8C8C", "#555555", "#A0A0A0")
+DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MAX_IMAGES = 400  # on one page; matplotlib draws none of more than 65,535 pixels a side
 
 
@@ -110,13 +113,27 @@ def show_image(
     axes.set_title(drawable(title), fontsize=9, parse_math=False)
 
 
+def pad_canvas(axes: Axes, image: Tensor, margin: float = 0.3) -> None:
+    """Makes room around an image that is shown already, for boxes that extend beyond it.
+
+    Args:
+        image: (3, H, W), the one that is shown.
+        margin: in widths of the image at the left and right, in heights above and below.
+    """
+    height, width = image.shape[1:]
+    axes.set_xlim(-margin * width - 0.5, (1 + margin) * width - 0.5)
+    axes.set_ylim((1 + margin) * height - 0.5, -margin * height - 0.5)
+    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, color="#EEEEEE", zorder=-1))
+
+
 def draw_boxes(
     axes: Axes,
     boxes: Tensor,
     colours: Sequence[str],
     texts: Sequence[str] | None = None,
     linewidth: float = 1.8,
-    linestyle: str = "-",
+    linestyle: Any = "-",
+    alphas: Sequence[float] | None = None,
 ) -> None:
     """Draws boxes over an image that is shown already.
 
@@ -125,6 +142,7 @@ def draw_boxes(
         colours: n, of the lines.
         texts: n, drawn inside or right above a corner of each box; none by default.
         linewidth, linestyle: as matplotlib takes them.
+        alphas: n, from 0 (invisible) to 1; by default all are 1.
     """
     outline = [withStroke(linewidth=linewidth + 1.2, foreground="black")]
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
@@ -136,8 +154,10 @@ def draw_boxes(
             edgecolor=colours[i],
             linewidth=linewidth,
             linestyle=linestyle,
+            alpha=1.0 if alphas is None else alphas[i],
         )
-        if linewidth > 1:  # a dark rim makes a line visible on any background
+        # A dark rim makes a line visible on any background.
+        if linewidth > 1 and (alphas is None or alphas[i] == 1):
             box.set_path_effects(outline)
         axes.add_patch(box)
         if texts:
@@ -292,6 +312,58 @@ def plot_lines(
     if len(series) > 1:
         for text in axes.legend(fontsize=8).get_texts():
             text.set_parse_math(False)
+
+
+def plot_named_lines(
+    axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], margin: float = 0.3
+) -> None:
+    """Draws one black or grey line per name, and writes the name at its right end.
+
+    Colour is left to the classes: these lines differ by shade, dashes and marker.
+
+    Args:
+        x: common x values.
+        series: name -> y values.
+        margin: room for the names, as a share of the width of the lines.
+    """
+    ends = []
+    for number, (name, values) in enumerate(series.items()):
+        kind = number % len(GREYS)
+        axes.plot(
+            x,
+            values,
+            color=GREYS[kind],
+            linestyle=DASHES[kind],
+            marker=MARKERS[kind],
+            markersize=4,
+        )
+        ends.append([float(values[-1]), drawable(name), GREYS[kind]])
+    axes.set_xticks([tick for tick in axes.get_xticks() if x[0] <= tick <= x[-1]])
+    axes.set_xlim(right=x[-1] + margin * (x[-1] - x[0]))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    # From the lowest to the highest, each name at least one line of text above the last.
+    low, high = axes.get_ylim()
+    gap, floor = 0.07 * (high - low), -np.inf
+    for y, name, shade in sorted(ends):
+        floor = max(y, floor + gap)
+        axes.annotate(
+            name,
+            (x[-1], floor),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=shade,
+            fontsize=8,
+            annotation_clip=False,
+            parse_math=False,
+        )
+
+
+def takeaway(axes: Axes, text: str) -> None:
+    """Writes above the axes what a reader should see in them."""
+    axes.set_title(drawable(text), loc="left", fontsize=9.5, fontweight="bold", parse_math=False)
 
 
 def plot_bars(
