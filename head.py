@@ -240,8 +240,10 @@ class DynamicHead(nn.Module):
         Returns:
             logits (S, B, N, K) and boxes_px (S, B, N, 4) float32, stage by stage.
         """
-        # RoIAlign needs contiguous float32 maps: converted once, and not in every stage again.
-        pyramid = [level.contiguous().float() for level in pyramid]
+        # RoIAlign needs float32 maps, and on a GPU contiguous ones: converted once, and not in every
+        # stage again.
+        pyramid = [level.float() for level in pyramid]
+        pyramid = [level if level.is_cpu else level.contiguous() for level in pyramid]
 
         all_logits, all_boxes_px = [], []
         for stage in self.stages:
