@@ -240,8 +240,7 @@ class DynamicHead(nn.Module):
         Returns:
             logits (S, B, N, K) and boxes_px (S, B, N, 4) float32, stage by stage.
         """
-        # RoIAlign needs float32 maps, and on a GPU contiguous ones: converted once, and not in every
-        # stage again.
+        # RoIAlign needs float32 maps, and on a GPU contiguous ones: converted once, not per stage.
         pyramid = [level.float() for level in pyramid]
         pyramid = [level if level.is_cpu else level.contiguous() for level in pyramid]
 
@@ -311,11 +310,14 @@ class RoIPooler(nn.Module):
         rois = torch.cat((image, boxes_px.flatten(0, 1)), dim=1)  # (B·N, 5)
 
         levels = self.levels(rois[:, 1:])  # (B·N,)
+        # The boxes of each level. Their numbers are the one thing that the host has to wait for.
+        counts = torch.stack([(levels == i).sum() for i in range(len(self.strides))]).tolist()
+        rows_of_levels = levels.argsort().split(counts)
+
         roi_feats = pyramid[0].new_zeros(B * N, pyramid[0].shape[1], self.roi_size, self.roi_size)
         # One call per level for all images. A level that no box belongs to is pooled as well, with
         # no boxes: so its gradient is zero instead of missing, which DistributedDataParallel wants.
-        for level, (features, stride) in enumerate(zip(pyramid, self.strides, strict=True)):
-            rows = torch.nonzero(levels == level).squeeze(1)  # (n,), the boxes of this level
+        for features, stride, rows in zip(pyramid, self.strides, rows_of_levels, strict=True):
             # aligned=True: a cell's value belongs to its centre, not to its top left corner.
             pooled = self.roi_align(
                 features, rois[rows], self.roi_size, 1 / stride, self.sampling_ratio, aligned=True
