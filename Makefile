@@ -14,7 +14,7 @@ AMP ?= bf16
 PROCESSES := $(shell $(PYTHON) -c "import os; cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(); print(4 if cores >= 4 else 2 if cores >= 2 else 1)")
 LAUNCH := OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: demo test test-long notebooks check-notebooks assets assets-blood lint
+.PHONY: demo test test-long gpu notebooks check-notebooks assets assets-blood lint
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \"Python 3.11 or newer is needed: make PYTHON=python3.12\")"
@@ -39,6 +39,10 @@ test: $(READY)
 
 test-long: $(READY)
 	$(RUN) -m pytest -m long
+
+# Everything that has to be seen on a GPU, in under nine minutes; repeat it to run what is left.
+gpu: $(READY)
+	$(RUN) -m experiments.gpu
 
 # Executes every notebook afresh and writes its outputs; an error stops it.
 notebooks: $(READY)
