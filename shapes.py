@@ -49,7 +49,15 @@ TRIES = 50  # positions to try for one object
 RESTARTS = 20  # times to place all objects of an image again, before their sizes are drawn again
 SUPERSAMPLE = 3  # points per pixel and axis, for anti-aliased edges
 
-SEEDS = {("demo", "train"): 1, ("demo", "val"): 2, ("crowded", "train"): 3, ("crowded", "val"): 4}
+# "tune" is for choosing settings, so that "val" stays unseen until a result is reported.
+SEEDS = {
+    ("demo", "train"): 1,
+    ("demo", "val"): 2,
+    ("crowded", "train"): 3,
+    ("crowded", "val"): 4,
+    ("demo", "tune"): 5,
+    ("crowded", "tune"): 6,
+}
 
 
 # --- the shapes ---
@@ -317,7 +325,7 @@ class ShapesDataset(torch.utils.data.Dataset):
                 f"shapes: there is no level {level!r}; choose one of {', '.join(LEVELS)}"
             )
         if (level, split) not in SEEDS:
-            raise UserError(f"shapes: there is no split {split!r}; choose one of train, val")
+            raise UserError(f"shapes: there is no split {split!r}; choose one of train, val, tune")
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise UserError(f"shapes: length={length!r} should be a whole number, 1 or more")
         self.level = LEVELS[level]

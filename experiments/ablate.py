@@ -10,6 +10,10 @@ In:  every setting of `train.py` (data, schedule, …) as a flag. The defaults a
 Out: --output DIR: tableN.md, tableN.json and tableN.png, written again whenever a run is finished.
      --runs DIR: VARIANT-seedN, with the files of `train.py` and result.json.
 
+With --lrs, every variant is trained with each of these learning rates, and gets the one that is
+best on images that are not the reported ones. --quick is a reduced form that can be watched: ten
+minutes for Table 5 on two cores.
+
 The paper's figures are for COCO after 36 epochs on eight GPUs, ours for a small model on small
 images after minutes. Compare the order of the rows, not the figures. Table 10's rows of DETR are
 left out.
@@ -26,27 +30,34 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import filelock
+import numpy as np
 import torch
 import tyro
+from torch.utils.data import Dataset
 
 import train
 from config import PRESETS, Config
-from data import validation_set
+from data import eval_transforms, validation_set
 from evaluate import evaluate
-from experiments.measure import format_table, machine
-from experiments.variants import VARIANTS, shared_name
+from experiments.measure import count_flops, format_table, machine
+from experiments.variants import VARIANTS, Build, shared_name
+from model import SparseRCNN
+from shapes import ShapesDataset
 from support.checkpoint import load_checkpoint, load_strictly
 from support.cli import parse_args, preset_from, run_main
 from support.devices import pick_device
 from support.distributed import World
 from support.errors import UserError
 from support.report import git_revision
-from visualize import new_figure, plot_bars
+from visualize import new_figure, plot_bars, plot_named_lines, save_figure
 
-# The shapes preset with six stages as in the paper, and half as many proposals, so that Table 7 can
-# afford five times as many. The data is the demo level: on the crowded one, Sparse R-CNN has only
-# begun to learn after 1,500 steps (AP 1.5 from the grid), and a comparison would show nothing.
-ABLATION = replace(PRESETS["shapes"], num_stages=6, num_proposals=10, eval_every=6)
+# The shapes preset with six stages as in the paper, on the crowded level: on the demo level all
+# rows would be near the ceiling. An evaluation after each epoch gives the curves.
+ABLATION = replace(PRESETS["shapes"], num_stages=6, data="shapes-crowded", epochs=8)
+# To be watched: fewer stages, proposals and images.
+QUICK = replace(
+    ABLATION, num_stages=3, num_proposals=12, epochs=6, shapes_train=2000, shapes_val=200
+)
 
 # Settings that do not change what is trained; num_classes comes from the data.
 IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes", "compile")
@@ -65,7 +76,7 @@ class Table(NamedTuple):
 
     title: str
     columns: str
-    rows: tuple[tuple[str, str, tuple[float, ...]], ...]
+    rows: tuple[tuple[str, str, tuple[float | None, ...]], ...]
 
 
 TABLES = {
@@ -94,6 +105,18 @@ TABLES = {
             ("neither", "reuse", (32.2, 47.5, 34.4)),
             ("self-attention", "attention", (37.2, 54.8, 40.1)),
             ("self-attention, instance interaction", "grid", (42.3, 61.2, 45.7)),
+        ),
+    ),
+    "D": Table(
+        "wider generated convolutions, and static heads of the same size (not in the paper)",
+        "AP AP50 AP75",
+        (
+            ("static, as large as D = {D}", "attention", (None, None, None)),
+            ("dynamic, D = {D}", "grid", (None, None, None)),
+            ("static, as large as D = {D}", "attention-D2", (None, None, None)),
+            ("dynamic, D = {D}", "grid-D2", (None, None, None)),
+            ("static, as large as D = {D}", "attention-D4", (None, None, None)),
+            ("dynamic, D = {D}", "grid-D4", (None, None, None)),
         ),
     ),
     "6": Table(
@@ -140,21 +163,41 @@ TABLES = {
 @dataclass(frozen=True)
 class AblateArgs:
     # Tables of the paper.
-    tables: tyro.conf.Positional[tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]]
+    tables: tyro.conf.Positional[
+        tuple[Literal["3", "4", "5", "D", "6", "7", "8", "10", "all"], ...]
+    ]
     # Its fields are the flags.
     config: tyro.conf.Suppress[Config] = field(default_factory=lambda: ABLATION)
     seeds: tuple[int, ...] = ()  # train each variant once per seed; by default with --seed only
     output: Path = Path("experiments/results")  # folder for the tables
     runs: Path = Path("runs/ablations")  # folder for the training runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
+    # Checkpoint whose backbone all variants start from; None for random weights.
+    start_from: str | None = "assets/shapes.pt"
+    # Learning rates to choose from for each variant; by default all have the config's.
+    lrs: tuple[float, ...] = ()
+    # Annotations (COCO format) and images to choose the rate on. Shapes has its own.
+    tune_json: str | None = None
+    tune_images: str | None = None
+    quick: bool = False  # smaller and shorter, to be watched
 
-    def config_of(self, variant: str, seed: int) -> Config:
+    def config_of(self, run: "Run") -> Config:
         """What a variant is trained with."""
-        return replace(VARIANTS[variant].config(self.config), seed=seed)
+        return replace(VARIANTS[run.variant].config(self.config), seed=run.seed, lr=run.lr)
 
-    def folder_of(self, variant: str, seed: int) -> Path:
-        """Where a variant is trained."""
-        return self.runs / f"{variant}-seed{seed}"
+    def folder_of(self, run: "Run") -> Path:
+        """Where a variant is trained. What the config does not say is in the name."""
+        rate = f"-lr{run.lr:g}" if self.lrs else ""
+        start = "" if self.start_from is None else f"-{Path(self.start_from).stem}"
+        return self.runs / f"{run.variant}{rate}{start}-seed{run.seed}"
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    variant: str
+    seed: int
+    lr: float | None  # None is the config's own default
 
 
 # --- runs ---
@@ -181,13 +224,38 @@ def trains_the_same(values: dict[str, Any], config: Config) -> bool:
     return all(values.get(name) == wanted[name] for name in wanted if name not in IRRELEVANT)
 
 
-def read_result(args: AblateArgs, variant: str, seed: int) -> dict[str, Any] | None:
+def read_result(args: AblateArgs, run: Run) -> dict[str, Any] | None:
     """The figures of a finished run; None if there is none with these settings."""
-    path = args.folder_of(variant, seed) / "result.json"
+    path = args.folder_of(run) / "result.json"
     if not path.exists():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    return result if trains_the_same(result["config"], args.config_of(variant, seed)) else None
+    return result if trains_the_same(result["config"], args.config_of(run)) else None
+
+
+def runs_of(args: AblateArgs, variant: str) -> list[Run]:
+    """The runs that a variant's row is made of, as far as they are known.
+
+    The rate is chosen with the first seed. The other seeds are known once its runs are finished.
+    """
+    if not args.lrs:
+        return [Run(variant, seed, args.config.lr) for seed in args.seeds]
+    rate = chosen_rate(args, variant)
+    return [] if rate is None else [Run(variant, seed, rate) for seed in args.seeds]
+
+
+def trials_of(args: AblateArgs, variant: str) -> list[Run]:
+    """The runs that the learning rate is chosen from: the first seed with every rate."""
+    return [Run(variant, args.seeds[0], lr) for lr in args.lrs]
+
+
+def chosen_rate(args: AblateArgs, variant: str) -> float | None:
+    """The rate with the best AP on the images for choosing; None while a trial is missing."""
+    found = [read_result(args, run) for run in trials_of(args, variant)]
+    results = [result for result in found if result is not None]
+    if len(results) < len(args.lrs):
+        return None
+    return max(results, key=lambda result: result["tune_AP"])["config"]["lr"]
 
 
 def set_aside_other_settings(folder: Path, config: Config) -> None:
@@ -205,23 +273,43 @@ def set_aside_other_settings(folder: Path, config: Config) -> None:
     print(f"{folder} was trained with other settings; it is now {kept}")
 
 
-def train_variant(args: AblateArgs, variant: str, seed: int) -> int:
+def build_from(backbone: str | None, build: Build) -> Build:
+    """`build`, with the backbone's weights of a checkpoint and the head as it was."""
+
+    def build_and_load(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
+        model = build(config, pretrained_backbone)
+        weights = load_checkpoint(backbone)["model"]
+        prefix = "backbone."
+        found = {
+            name.removeprefix(prefix): value.float() if value.is_floating_point() else value
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
+        load_strictly(model.backbone, found, backbone)
+        return model
+
+    return build if backbone is None else build_and_load
+
+
+def train_variant(args: AblateArgs, run: Run) -> int:
     """Trains a variant, from its last checkpoint if there is one, and writes its result.
 
     Returns:
         The exit code of the training: 0, or 128 + the number of the signal that stopped it.
     """
-    folder, config = args.folder_of(variant, seed), args.config_of(variant, seed)
+    folder, config = args.folder_of(run), args.config_of(run)
     set_aside_other_settings(folder, config)
 
     last = folder / "last.pt"
     checkpoint = load_checkpoint(last) if last.exists() else None
     resume = str(last) if checkpoint is not None else None
-    run = train.TrainArgs(config=config, output=folder, device=args.device, resume=resume)
-    if status := train.run(run, checkpoint, VARIANTS[variant].build):
+    train_args = train.TrainArgs(config=config, output=folder, device=args.device, resume=resume)
+    build = build_from(args.start_from, VARIANTS[run.variant].build)
+    if status := train.run(train_args, checkpoint, build):
         return status
 
-    result = {"variant": variant, "seed": seed, **measure(folder, variant, args.device)}
+    result = {"variant": run.variant, "seed": run.seed, "start_from": args.start_from}
+    result |= measure(args, folder, run.variant)
     write_json(folder / "result.json", result)
     return 0
 
@@ -234,19 +322,35 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def measure(folder: Path, variant: str, device_name: str) -> dict[str, Any]:
+def tuning_set(args: AblateArgs, checkpoint: dict[str, Any]) -> Dataset | None:
+    """Images to choose a learning rate on, which no table reports."""
+    config = checkpoint["config"]
+    if not args.lrs:
+        return None
+    if args.tune_json is None:
+        level = config.data.removeprefix("shapes-")
+        return ShapesDataset(level, "tune", config.shapes_val, eval_transforms(config))
+    return validation_set(checkpoint, val_json=args.tune_json, val_images=args.tune_images)
+
+
+def measure(args: AblateArgs, folder: Path, variant: str) -> dict[str, Any]:
     """The figures of a trained variant.
 
-    Its AP (a fraction of 1), its speed with one image at a time, its size, and what they depend on.
+    Its AP (a fraction of 1) now and after each epoch, its speed with one image at a time, its size,
+    and what they depend on.
     """
-    checkpoint, device = load_checkpoint(folder / "last.pt"), pick_device(device_name)
+    checkpoint, device = load_checkpoint(folder / "last.pt"), pick_device(args.device)
     config = Config.from_dict(checkpoint["config"])
     model = VARIANTS[variant].build(config, False)
     load_strictly(model, checkpoint["model"], folder / "last.pt")
 
-    dataset = validation_set({**checkpoint, "config": config})
+    checkpoint["config"] = config
+    dataset = validation_set(checkpoint)
     fast = model.to(device).for_inference()
-    metrics, _ = evaluate(fast, dataset, World(device), workers=config.workers, amp=config.amp)
+    options = {"world": World(device), "workers": config.workers, "amp": config.amp}
+    metrics, _ = evaluate(fast, dataset, **options)
+    tuning = tuning_set(args, checkpoint)
+    tuned = {} if tuning is None else {"tune_AP": evaluate(fast, tuning, **options)[0]["AP"]}
 
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     epochs = [json.loads(line) for line in text.splitlines()]
@@ -254,6 +358,9 @@ def measure(folder: Path, variant: str, device_name: str) -> dict[str, Any]:
     seconds = sum(images_per_epoch / epoch["images_per_second"] for epoch in epochs)
     return {
         **{name: value for name, value in metrics.items() if name.startswith("A")},
+        **tuned,
+        "curve": [(epoch["step"], epoch["AP"]) for epoch in epochs if "AP" in epoch],
+        "gflop_of_head": head_gflop(fast, config),
         "FPS": metrics["speed"]["fps"],
         "time": seconds / 60,  # minutes of training steps
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -265,6 +372,18 @@ def measure(folder: Path, variant: str, device_name: str) -> dict[str, Any]:
     }
 
 
+def head_gflop(model: SparseRCNN, config: Config) -> float:
+    """Billions of operations of the head for one image of the validation size."""
+    size = config.test_size
+    image = torch.zeros(3, size, size, device=model.mean.device)
+    batch, whwh_px = model.prepare([image])
+    with torch.no_grad():
+        pyramid = model.backbone(batch)
+        boxes_px = model.initial_boxes_px(whwh_px)
+        pro_feats = model.proposal_feats[None]
+        return count_flops(lambda: model.head(pyramid, boxes_px, pro_feats)) / 1e9
+
+
 # --- tables ---
 
 
@@ -274,7 +393,8 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     What is not defined is left out.
     """
     means: dict[str, float] = {}
-    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "FPS", "time", "parameters"):
+    names = "AP AP50 AP75 APs APm APl FPS time parameters gflop_of_head"
+    for name in names.split():
         values = [result[name] for result in results if result[name] >= 0]  # −1: no such objects
         if values:
             means[name] = statistics.fmean(values) * (100 if name.startswith("AP") else 1)
@@ -289,15 +409,17 @@ def table_rows(args: AblateArgs, table: Table) -> list[dict[str, Any]]:
     rows = []
     for label, name, figures in table.rows:
         variant = shared_name(name, args.config)
-        found = [read_result(args, variant, seed) for seed in args.seeds]
+        config = VARIANTS[variant].config(args.config)
+        found = [read_result(args, run) for run in runs_of(args, variant)]
         results = [result for result in found if result is not None]
         columns = [f"paper_{column}" for column in table.columns.split()]
         rows.append(
             {
-                "label": label.format(N=VARIANTS[variant].config(args.config).num_proposals),
+                "label": label.format(N=config.num_proposals, D=config.dynamic_dim),
                 "variant": variant,
                 **dict(zip(columns, figures, strict=True)),
                 **summary(results),
+                "lr": results[0]["config"]["lr"] if results and args.lrs else None,
                 "results": results,
             }
         )
@@ -315,7 +437,10 @@ def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
         columns[OUR_HEADINGS.get(name, name)] = f"{{{name}:.1f}}"
     if any("spread" in row for row in rows):
         columns["AP ±"] = "{spread:.1f}"
+    if any(row["lr"] is not None for row in rows):
+        columns["learning rate"] = "{lr:g}"
     columns["parameters"] = "{parameters:,.0f}"
+    columns["GFLOP of the head"] = "{gflop_of_head:.3f}"
     columns["seeds"] = "{seeds:d}"
     text = f"**Table {number}: {table.title}**\n\n{format_table(rows, columns)}\n"
 
@@ -346,11 +471,28 @@ def provenance(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """AP against steps: the mean of the seeds as a line, their range as a band."""
+    figure, axes = new_figure(1, 1, (6.4, 4.0))
+    curves = {}
+    for row in rows:
+        if row["results"]:
+            values = np.array([[100 * ap for _, ap in r["curve"]] for r in row["results"]])
+            steps = [step for step, _ in row["results"][0]["curve"]]
+            curves[row["label"]] = values.mean(0)
+            axes[0, 0].fill_between(steps, values.min(0), values.max(0), color="#BBBBBB", alpha=0.5)
+    if curves:
+        plot_named_lines(axes[0, 0], steps, curves, margin=0.55)
+    axes[0, 0].set(xlabel="steps", ylabel="AP", ylim=(0, None))
+    save_figure(figure, path)
+
+
 def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The AP of the paper and ours, one bar per row."""
     figure, axes = new_figure(1, 2, (4.2, 0.8 + 0.38 * len(rows)))
-    labels = [row["label"] for row in rows]
-    plot_bars(axes[0, 0], labels, [row["paper_AP"] for row in rows], "{:.1f}")
+    in_paper = [row for row in rows if row["paper_AP"] is not None]
+    labels = [row["label"] for row in in_paper]
+    plot_bars(axes[0, 0], labels, [row["paper_AP"] for row in in_paper], "{:.1f}")
     axes[0, 0].set_title("paper: AP on COCO", fontsize=9)
 
     done = [row for row in rows if "AP" in row]
@@ -377,6 +519,7 @@ def write_tables(args: AblateArgs, numbers: Sequence[str]) -> list[str]:
         values = {"table": number, "title": table.title, "rows": rows}
         write_json(path.with_suffix(".json"), values)
         draw_bars(rows, path.with_suffix(".png"))
+        draw_curves(rows, path.with_name(f"{path.name}-curves.png"))
     return texts
 
 
@@ -390,13 +533,14 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
         UserError: no table is given, there is nothing to evaluate on, or torchrun has started this.
     """
     has_preset = any(word.split("=")[0] == "--preset" for word in argv)
+    default = QUICK if "--quick" in argv else ABLATION
     args = parse_args(
         argv,
         AblateArgs,
         "python -m experiments.ablate",
         __doc__.split("\n\n")[0],
         tables=(),
-        config=preset_from(argv) if has_preset else ABLATION,
+        config=preset_from(argv) if has_preset else default,
     )
     tables = tuple(TABLES) if "all" in args.tables else tuple(dict.fromkeys(args.tables))
     if not tables:
@@ -420,6 +564,33 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
     return replace(args, tables=tables, seeds=seeds)
 
 
+def train_missing(args: AblateArgs, wanted: Sequence[Run], elsewhere: list[str]) -> int:
+    """Trains the runs that are not finished and that no other process is working on.
+
+    Args:
+        args: the command line.
+        wanted: the runs.
+        elsewhere: the names of those that another process has are added to it.
+
+    Returns:
+        The exit code of the first training that was stopped, else 0.
+    """
+    missing = [run for run in wanted if read_result(args, run) is None]
+    for count, run in enumerate(missing, 1):
+        folder = args.folder_of(run)
+        with claim(folder.with_name(f"{folder.name}.lock")) as is_mine:
+            if not is_mine:
+                elsewhere.append(folder.name)
+                continue
+            if read_result(args, run) is not None:
+                continue  # another process has finished it in the meantime
+            print(f"\n=== {count} of {len(missing)}: {folder.name} ===", flush=True)
+            if status := train_variant(args, run):
+                return status
+            write_tables(args, args.tables)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; a user's mistake raises `UserError`.
 
@@ -429,22 +600,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = read_args(sys.argv[1:] if argv is None else list(argv))
     rows = [row for number in args.tables for row in TABLES[number].rows]
     variants = dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows)
-    wanted = [(variant, seed) for seed in args.seeds for variant in variants]
-    missing = [run for run in wanted if read_result(args, *run) is None]
-
     args.runs.mkdir(parents=True, exist_ok=True)
-    elsewhere = []
-    for count, (variant, seed) in enumerate(missing, 1):
-        with claim(args.folder_of(variant, seed).with_suffix(".lock")) as is_mine:
-            if not is_mine:
-                elsewhere.append(f"{variant} seed {seed}")
-                continue
-            if read_result(args, variant, seed) is not None:
-                continue  # another process has finished it in the meantime
-            print(f"\n=== {count} of {len(missing)}: {variant}, seed {seed} ===", flush=True)
-            if status := train_variant(args, variant, seed):
-                return status
-            write_tables(args, args.tables)
+    elsewhere: list[str] = []
+    # First the rates are chosen. Then it is known which runs the rows are made of.
+    for kind in (trials_of, runs_of):
+        wanted = [run for variant in variants for run in kind(args, variant)]
+        wanted.sort(key=lambda run: args.seeds.index(run.seed))
+        if status := train_missing(args, wanted, elsewhere):
+            return status
 
     print("\n" + "\n".join(write_tables(args, args.tables)))
     if elsewhere:

@@ -8,10 +8,11 @@ Shapes: B images, N proposals, C channels, S stages, K classes; the RoI has R×R
 cx, cy, w, h lie in 0–1 of the image; boxes as xyxy are in its pixels.
 
 Where the paper leaves something open, we chose:
-    the static head     Faster R-CNN's two linear layers on the flattened region, 4·C wide (1024 for
-                        the paper's C), then the feed-forward network and the predictions of every
-                        other variant. It has neither proposal features nor self-attention:
-                        proposals differ only in their boxes.
+    the static head     Faster R-CNN's two linear layers on the flattened region, then the
+                        feed-forward network and the predictions of every other variant. It has
+                        neither proposal features nor self-attention: proposals differ only in their
+                        boxes. It is as wide as makes its parameters as many as those of the
+                        dynamic interaction that it is compared with (`equal_width`).
     feature reuse       the last stage's object feature is concatenated to this one's, and a linear
                         layer leads back to C. The first stage has no stage before it and reuses
                         nothing.
@@ -42,22 +43,31 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from config import Config
-from head import Stage, apply_deltas
+from head import DynamicInteraction, Stage, apply_deltas
 from model import SparseRCNN, build_model
 
 Build = Callable[[Config, bool], SparseRCNN]  # the signature of `build_model`
 
 
+def equal_width(config: Config) -> int:
+    """How wide a static head is that has as many parameters as the dynamic interaction."""
+    C, R = config.hidden_dim, config.roi_size
+    dynamic = DynamicInteraction(C, config.dynamic_dim, R)
+    wanted = sum(parameter.numel() for parameter in dynamic.parameters())
+    # width · (R·R·C) weights and `width` biases, C · width weights and C biases, and a LayerNorm.
+    return max(1, round((wanted - 3 * C) / (R**2 * C + 1 + C)))
+
+
 class StaticHead(nn.Module):
     """Faster R-CNN's head: the same two layers for every proposal; (B·N, C, R, R) -> (B·N, C)."""
 
-    def __init__(self, hidden_dim: int, roi_size: int):
+    def __init__(self, hidden_dim: int, roi_size: int, width: int):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(roi_size**2 * hidden_dim, 4 * hidden_dim),
+            nn.Linear(roi_size**2 * hidden_dim, width),
             nn.ReLU(),
-            nn.Linear(4 * hidden_dim, hidden_dim),
+            nn.Linear(width, hidden_dim),
             # As after the dynamic interaction, so that the feed-forward network gets features of
             # the same scale in all variants.
             nn.LayerNorm(hidden_dim),
@@ -78,9 +88,8 @@ class StaticStage(Stage):
     """
 
     def __init__(self, config: Config):
-        super().__init__(
-            **stage_options(config), interaction=StaticHead(config.hidden_dim, config.roi_size)
-        )
+        static = StaticHead(config.hidden_dim, config.roi_size, equal_width(config))
+        super().__init__(**stage_options(config), interaction=static)
         self.self_attn = self.attn_norm = self.interaction_norm = None
 
     def object_feats(self, pro_feats: Tensor, region_feats: Tensor) -> Tensor:
@@ -239,6 +248,7 @@ class Variant(NamedTuple):
     build: Build = build_model
     num_stages: int | None = None  # S; None is the config's
     times_proposals: int = 1  # how many times the config's N
+    times_dynamic: int = 1  # how many times the config's D
 
     def config(self, config: Config) -> Config:
         """The config of this variant, from the one that all variants share."""
@@ -246,6 +256,7 @@ class Variant(NamedTuple):
             config,
             num_stages=self.num_stages or config.num_stages,
             num_proposals=self.times_proposals * config.num_proposals,
+            dynamic_dim=self.times_dynamic * config.dynamic_dim,
         )
 
 
@@ -272,6 +283,11 @@ VARIANTS: dict[str, Variant] = {
     "attention": Variant(with_stages(_attention_stage)),
     # Sparse R-CNN as it is: it starts from the whole image and has no positional encoding.
     "dynamic": Variant(),
+    # Not in the paper: wider generated convolutions, and the static head of the same size.
+    "grid-D2": Variant(with_boxes(grid_boxes), times_dynamic=2),
+    "grid-D4": Variant(with_boxes(grid_boxes), times_dynamic=4),
+    "attention-D2": Variant(with_stages(_attention_stage), times_dynamic=2),
+    "attention-D4": Variant(with_stages(_attention_stage), times_dynamic=4),
     # Table 6.
     "centre": Variant(with_boxes(centre_boxes)),
     "grid": Variant(with_boxes(grid_boxes)),
