@@ -12,7 +12,7 @@ COCO's format out.
               as much contrast as the objects.
 
 Every image depends on (level, split, index) alone. Each has its own random generator, so the order
-of access, the process, the length and global seeds do not matter. The two splits have different
+of access, the process, the length and global seeds do not matter. The splits have different
 seeds and share no image. NumPy may change its random streams between versions, so compare numbers
 only if they come from one version.
 
@@ -295,7 +295,7 @@ class ShapesDataset(torch.utils.data.Dataset):
 
     Args:
         level: "demo" or "crowded".
-        split: "train" or "val". They share no image.
+        split: "train", "val" or "tune". They share no image.
         length: the number of images, at least 1. A shorter data set is the beginning of a longer
             one.
         transforms: a callable on (image, target), or None.

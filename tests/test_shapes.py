@@ -262,15 +262,15 @@ def test_changing_an_image_in_place_does_not_change_the_data_set() -> None:
 
 
 def test_splits_and_levels_share_no_seed_and_no_image() -> None:
-    assert set(shapes.SEEDS) == set(itertools.product(PROMISED, ("train", "val")))
-    assert len(set(shapes.SEEDS.values())) == 4
+    assert set(shapes.SEEDS) == set(itertools.product(PROMISED, ("train", "val", "tune")))
+    assert len(set(shapes.SEEDS.values())) == 6
     seen = [
         image.numpy().tobytes()
         for level in PROMISED
-        for s in ("train", "val")
+        for s in ("train", "val", "tune")
         for image, _ in images_of(level, s)
     ]
-    assert len(set(seen)) == len(seen) == 4 * LENGTH
+    assert len(set(seen)) == len(seen) == 6 * LENGTH
 
 
 @LEVELS
@@ -308,7 +308,7 @@ def test_transforms_see_image_and_boxes() -> None:
     ("arguments", "names"),
     [
         (("easy", "train", 3), ("easy", "demo", "crowded")),
-        (("demo", "test", 3), ("test", "train", "val")),
+        (("demo", "test", 3), ("test", "train", "val", "tune")),
         (("demo", "val", 0), ("length=0", "1 or more")),
         (("demo", "val", 2.0), ("length=2.0", "whole number")),
         (("demo", "val", True), ("length=True", "whole number")),
