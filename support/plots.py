@@ -30,8 +30,8 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     if loss_axes.lines:
         loss_axes.legend()
 
-    _plot(ap_axes, epochs, {"AP": "AP", "AP50": "AP50", "AP75": "AP75"})
-    ap_axes.set(title="validation", ylabel="AP (fraction of 1)", ylim=(0, 1))
+    _plot(ap_axes, epochs, {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}, scale=100)
+    ap_axes.set(title="validation", ylabel="AP, points of 100", ylim=(0, 100))
     if ap_axes.lines:
         ap_axes.legend(loc="lower right")
 
@@ -41,14 +41,19 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     figure.savefig(output, dpi=110)
 
 
-def _plot(axes: Axes, epochs: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> None:
-    """One line per key of `labels`, over the epochs that have a value for it."""
+def _plot(
+    axes: Axes,
+    epochs: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, str],
+    scale: float = 1.0,
+) -> None:
+    """One line per key of `labels`, over the epochs that have a value for it, times `scale`."""
     for (key, label), colour in zip(labels.items(), LINES, strict=False):
         # −1 stands for an AP that is not defined.
         known = [line for line in epochs if line.get(key, -1) >= 0]
         if known:
             x = [line["epoch"] for line in known]
-            y = [line[key] for line in known]
+            y = [scale * line[key] for line in known]
             axes.plot(x, y, marker="o", markersize=3, label=label, color=colour)
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
