@@ -44,14 +44,14 @@ test-long: $(READY)
 gpu: $(READY)
 	$(RUN) -m experiments.gpu
 
-# Executes every notebook afresh and writes its outputs; an error stops it.
+# Executes every notebook afresh, one per core, and writes its outputs; an error stops it.
+EXECUTE := OMP_NUM_THREADS=1 xargs -n 1 -P $(PROCESSES) $(RUN) -m nbconvert --to notebook --execute --log-level WARN
 notebooks: $(READY)
-	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --log-level WARN \
-	    notebooks/*.ipynb
+	ls notebooks/*.ipynb | $(EXECUTE) --inplace --ExecutePreprocessor.record_timing=False
 
 # The same into runs/notebooks; the files in notebooks/ stay as they are.
 check-notebooks: $(READY)
-	$(RUN) -m nbconvert --to notebook --execute --output-dir runs/notebooks --log-level WARN notebooks/*.ipynb
+	ls notebooks/*.ipynb | $(EXECUTE) --output-dir runs/notebooks
 
 # The checkpoint of Shapes in assets/, anew: about 25 minutes on 2 CPU cores. Notebooks and tests use it.
 assets: $(READY)

@@ -52,7 +52,7 @@ MAX_IMAGES = 400  # on one page; matplotlib draws none of more than 65,535 pixel
 
 
 def colour(index: int) -> str:
-    """The colour of a class (by its label) or of a proposal (by its index)."""
+    """The colour of a class, by its label."""
     return PALETTE[index % len(PALETTE)]
 
 
