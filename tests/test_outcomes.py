@@ -40,7 +40,7 @@ def test_what_is_found_is_what_coco_counts(iou: float) -> None:
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 80, (12, 2))
     objects = torch.tensor(np.concatenate([corners, corners + rng.uniform(8, 30, (12, 2))], 1))
-    shaken = objects.repeat(2, 1) + torch.tensor(rng.normal(0, 4, (24, 4)))
+    shaken = objects.repeat(2, 1) + torch.tensor(rng.normal(0, 3, (24, 4)))
     labels = torch.tensor(rng.integers(0, 3, 12))
     found = {"boxes": shaken, "labels": labels.repeat(2)}
     found["labels"][rng.integers(0, 24, 12)] = 1
