@@ -62,7 +62,8 @@ def dynamic_instance_interaction(
 
     # The interaction. A 1×1 convolution multiplies the channels of each bin by one matrix, the same
     # in all bins. `bmm` does this for all proposals at once: region n meets matrix n and no other.
-    # ReLU lets a filter silence the bins in which it finds nothing ("filter out ineffective bins").
+    # The norm compares the outputs of a bin, and ReLU silences those that respond less than the
+    # others. So proposals "filter out ineffective bins" (paper).
     roi_feats = relu(layers.norm1(bmm(roi_feats, param1)))  # (N, R·R, D)
     roi_feats = relu(layers.norm2(bmm(roi_feats, param2)))  # (N, R·R, C)
 
@@ -186,8 +187,8 @@ class Stage(nn.Module):
             obj_feats (B, N, C), the proposal features of the next stage.
         """
         # 1. Self-attention, softmax(Q·Kᵀ / √d)·V with Q, K and V all from the proposal features.
-        # Only here do proposals learn of each other, and they have to: each object is matched with
-        # one proposal, so of all that see it, all but one should stay silent.
+        # Only here do proposals learn of each other, which helps them to agree: each object is
+        # matched with one proposal, so of all that see it, all but one should stay silent.
         attended, _ = self.self_attn(pro_feats, pro_feats, pro_feats, need_weights=False)
         pro_feats = self.attn_norm(pro_feats + self.dropout(attended))  # (B, N, C)
 
