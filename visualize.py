@@ -319,7 +319,8 @@ def plot_named_lines(
 ) -> None:
     """Draws one black or grey line per name, and writes the name at its right end.
 
-    Colour is left to the classes: these lines differ by shade, dashes and marker.
+    Colour is left to the classes: these lines differ by shade, dashes and marker. If y is to have
+    certain limits, set them before. A line without any finite value has no name.
 
     Args:
         x: common x values.
@@ -337,7 +338,9 @@ def plot_named_lines(
             marker=MARKERS[kind],
             markersize=4,
         )
-        ends.append([float(values[-1]), drawable(name), GREYS[kind]])
+        finite = [float(value) for value in values if np.isfinite(value)]
+        if finite:
+            ends.append([finite[-1], drawable(name), GREYS[kind]])
     axes.set_xticks([tick for tick in axes.get_xticks() if x[0] <= tick <= x[-1]])
     axes.set_xlim(right=x[-1] + margin * (x[-1] - x[0]))
     axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """visualize.py: boxes are drawn where they are, and texts as they are."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from conftest import ROOT, TINY, CocoFactory
 from matplotlib import image as mpl_image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,13 +22,16 @@ from support.checkpoint import save_checkpoint
 from support.errors import UserError
 from support.plots import plot_curves
 from visualize import (
+    colour,
     draw_boxes,
     draw_stages,
     main,
     new_figure,
+    pad_canvas,
     plot_bars,
     plot_heatmap,
     plot_lines,
+    plot_named_lines,
     plot_stacked,
     save_figure,
     show_image,
@@ -221,3 +226,32 @@ def test_curves_of_a_run_without_any_evaluation(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert mpl_image.imread(tmp_path / "curves.png").std() > 0.05
+
+
+def test_lines_are_named_at_their_ends_and_names_do_not_overlap() -> None:
+    figure, ((axes,),) = new_figure(1, 1)
+    series = {"first": [1.0, 9.0], "second": [2.0, 9.1], "low $x$": [0.0, 0.0]}
+    plot_named_lines(axes, [1, 3], series)
+    figure.canvas.draw()
+    names = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert set(names) == set(series)
+    boxes = sorted(names.values(), key=lambda box: box.y0)
+    assert all(lower.y1 <= upper.y0 for lower, upper in itertools.pairwise(boxes))
+    assert names["second"].y0 > names["first"].y0  # in the order of the lines
+    ends = axes.transData.transform((3, 0))[0]
+    assert all(box.x0 > ends for box in names.values())
+    # No colour, and told apart without it.
+    rgb = [to_rgb(line.get_color()) for line in axes.lines]
+    assert all(len(set(channels)) == 1 for channels in rgb)
+    assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 3
+
+
+def test_a_padded_canvas_shows_boxes_beyond_the_image() -> None:
+    figure, ((axes,),) = new_figure(1, 1)
+    image = torch.zeros(3, 40, 80)
+    show_image(axes, image)
+    pad_canvas(axes, image, margin=0.5)
+    draw_boxes(axes, torch.tensor([[-30.0, -10, 20, 30]]), [colour(0)], alphas=[0.3])
+    assert axes.get_xlim() == (-40.5, 119.5) and axes.get_ylim() == (59.5, -20.5)
+    (box,) = [patch for patch in axes.patches if not patch.get_fill()]
+    assert box.get_alpha() == 0.3
