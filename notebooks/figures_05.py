@@ -76,7 +76,8 @@ def outcomes(
     Returns:
         M outcomes in the order of the objects: found (class and place are right), wrong class
         (only the place is), misplaced (only the class is), missed. Then those of detections:
-        duplicate (at the place of an object that another detection took), false alarm (all others).
+        duplicate (class and place are right, but another detection found the object), false alarm
+        (all others).
     """
     boxes, labels = torch.as_tensor(target["boxes"]), target["labels"]
     overlap = box_iou(found["boxes"], boxes)  # (n, M)
@@ -94,7 +95,7 @@ def outcomes(
 
     take("found", is_same & (overlap >= iou))
     take("wrong class", ~is_same & (overlap >= iou))
-    for d in (overlap >= iou).any(1).nonzero()[:, 0].tolist():
+    for d in (is_same & (overlap >= iou)).any(1).nonzero()[:, 0].tolist():
         kind_of.setdefault(d, "duplicate")
     take("misplaced", is_same & (overlap >= touch))
 
@@ -150,7 +151,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     figure, grid = new_figure(1, 2, (4.4, 2.7))
     for axes, (key, factor, label) in zip(
         grid[0],
-        (("loss", 1, "training loss"), ("AP", 100, "AP, held-out images")),
+        (("loss", 1, "training loss"), ("AP", 100, "AP (points of 100)")),
         strict=True,
     ):
         lines = {
@@ -164,7 +165,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         ends = sorted((values[-1], name) for name, values in series.items())
         (low, low_name), (high, high_name) = ends[0], ends[-1]
-        what = "Loss at the end" if key == "loss" else "AP at the end"
+        what = "Loss at the end" if key == "loss" else "Held-out AP"
         takeaway(axes, f"{what}: {high_name} {high:.1f}, {low_name} {low:.1f}")
     return figure
 
@@ -261,10 +262,11 @@ def _plot_shares(axes: Axes, found: Sequence[Outcome], class_names: Sequence[str
 
     total = Counter(outcome.kind for outcome in found)
     title = f"{total['found']} of {len(objects)} objects found"
-    lost = Counter(outcome.label for outcome in objects if outcome.kind != "found")
-    if lost:
-        label, count = lost.most_common(1)[0]
-        title += f"; {count} of the other {lost.total()} are {class_names[label]}"
+    if total["found"] < len(objects):
+        # The class of the lowest share; a frequent class may lose more objects and yet do better.
+        of_class = [(Counter(kinds), name) for name, kinds in groups[: len(class_names)] if kinds]
+        counts, name = min(of_class, key=lambda pair: pair[0]["found"] / pair[0].total())
+        title += f"; worst: {name}, {counts['found']} of {counts.total()}"
     takeaway(axes, f"{title}\nExtra boxes: {_say(total, OF_DETECTIONS)}")
 
 
@@ -293,6 +295,9 @@ def _draw_image(
             box, label = outcome.found_box, outcome.found_label
         if outcome.kind == "wrong class":
             text = f"{class_names[outcome.label]} taken for {class_names[label]}"
+        if outcome.kind == "duplicate":  # around the box that was found, not on it
+            gap = 0.011 * image.shape[2]
+            box = (box[0] - gap, box[1] - gap, box[2] + gap, box[3] + gap)
         _draw_box(axes, box, colour(label), style, 1.1 if outcome.kind == "found" else 2.0)
         if outcome.kind == "misplaced":  # the box that was found, beside the annotation
             _draw_box(axes, outcome.found_box, colour(label), "-", 1.1)
