@@ -126,7 +126,8 @@ def draw_followed(
     show_map(panels[2], kernel, limits=(-limit, limit), aspect="auto")
     panels[2].set_axis_on()
     panels[2].set(xticks=[], yticks=[])
-    panels[2].set_xlabel(f"kernel 1: {kernel.shape[1]} outputs", fontsize=8)
+    legend = f"kernel 1: {kernel.shape[1]} outputs\nyellow: positive\ndark: negative"
+    panels[2].set_xlabel(legend, fontsize=8)
     panels[2].set_ylabel(f"{kernel.shape[0]} channels of a bin", fontsize=8)
     takeaway(panels[2], "Generate")
 
@@ -212,62 +213,73 @@ def _draw_scores(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_likeness(
-    raw: Sequence[Mapping[str, float]], centred: Sequence[Mapping[str, float]]
-) -> Figure:
+def draw_likeness(centred: Sequence[Mapping[str, float]]) -> Figure:
     """Draws mean cosines of the kernels of two proposals over the stages.
 
     Args:
-        raw: for each of S stages: which pairs -> mean cosine. NaN: there were no such pairs.
-        centred: the same of kernels less their mean. The names are written here.
+        centred: for each of S stages: which pairs -> mean cosine of their kernels, less the mean of
+            all. NaN: there were no such pairs. The title needs the names "other proposal, same
+            class", "other proposal, other class" and "any two".
     """
-    known = [kind for kind in raw[0] if all(math.isfinite(one[kind]) for one in (*raw, *centred))]
-    stages = range(1, 1 + len(raw))
-    figure, grid = new_figure(1, 2, (4.4, 3.5), width_ratios=(1, 1.75), sharey=True)
-    for axes, cosines, margin in zip(grid[0], (raw, centred), (0.02, 0.8), strict=True):
-        series = {kind: [one[kind] for one in cosines] for kind in known}
-        if len(stages) > 1:
-            plot_named_lines(axes, stages, series, margin)
-        axes.set(xlabel="stage", xticks=stages)
-        axes.spines["bottom"].set_bounds(1, len(stages))
-    for name in list(grid[0, 0].texts):  # the names stand beside the other panel
-        name.remove()
-    grid[0, 0].set_ylabel("mean cosine of two proposals' kernels")
-    takeaway(grid[0, 0], "Kernels as they are")
+    known = [kind for kind in centred[0] if all(math.isfinite(one[kind]) for one in centred)]
+    stages = range(1, 1 + len(centred))
+    figure, grid = new_figure(1, 1, (6.6, 3.6))
+    axes = grid[0, 0]
+    if len(stages) > 1:
+        series = {kind: [one[kind] for one in centred] for kind in known}
+        plot_named_lines(axes, stages, series, 0.55)
+        axes.set_ylim(min(axes.get_ylim()[0], -0.2), 1.25)  # room for the names
+    axes.set(xlabel="stage", xticks=stages)
+    axes.set_ylabel("mean cosine of two\nproposals' centred kernels")
+    axes.spines["bottom"].set_bounds(1, len(stages))
 
-    found = [kind for kind in known if "found something" in kind]
-    grew = found and centred[-1][found[0]] < centred[0][found[0]] - 0.1
-    takeaway(
-        grid[0, 1],
-        "Centred: what was found shows from stage 2 on" if grew else "Centred: less their mean",
+    same, other, any_two = (
+        [one[kind] for one in centred]
+        for kind in ("other proposal, same class", "other proposal, other class", "any two")
     )
+    is_hit = [min(a, b) > c + 0.1 for a, b, c in zip(same, other, any_two, strict=True)]
+    is_class = [a > b + 0.03 and h for a, b, h in zip(same, other, is_hit, strict=True)]
+    parts = [
+        f"{what} from stage {1 + shows.index(True)}"
+        for what, shows in (("hit or miss shows", is_hit), ("the class", is_class))
+        if True in shows and all(shows[shows.index(True) :])
+    ]
+    takeaway(axes, "Centred: " + (", ".join(parts) or "kernels less their mean"))
     return figure
 
 
-def draw_costs(in_all: Mapping[str, float], shared_in: Mapping[str, float]) -> Figure:
+def draw_costs(
+    replaced_later: Mapping[str, float], shared_in: Mapping[str, float], num_images: int
+) -> Figure:
     """Draws APs as grey bars, with a dashed line at the model's own.
 
     Args:
-        in_all: what all stages use for kernels -> AP; the first one is the model's own.
-        shared_in: the stages in which all proposals share one pair -> AP.
+        replaced_later: what all stages but the first use for kernels -> AP; the first one is the
+            model's own.
+        shared_in: the one stage in which all proposals share one pair -> AP; all S stages.
+        num_images: on which the APs were measured.
     """
-    figure, grid = new_figure(1, 2, (4.8, 3.0))
-    own = next(iter(in_all.values()))
-    for axes, aps in zip(grid[0], (in_all, shared_in), strict=True):
+    figure, grid = new_figure(1, 2, (4.9, 2.9))
+    own = next(iter(replaced_later.values()))
+    for axes, aps in zip(grid[0], (replaced_later, shared_in), strict=True):
         axes.barh(range(len(aps)), list(aps.values()), color=GREYS[5])
         for row, ap in enumerate(aps.values()):
-            axes.text(104, row, f"{ap:.1f}", va="center", fontsize=9)
+            text = f"{ap:.1f}"
+            if aps is shared_in or row:
+                text += f" ({round(ap, 1) - round(own, 1):+.1f})".replace("-", "−")
+            axes.text(101, row, text, va="center", fontsize=9)
         axes.set_yticks(range(len(aps)), list(aps), fontsize=8.5)
         axes.invert_yaxis()
         axes.axvline(own, color="black", linestyle="--", linewidth=1)
-        axes.set(xlim=(0, 118), xticks=range(0, 101, 20), xlabel="AP (dashed: own kernels)")
+        label = f"AP (points of 100) on {num_images} images (dashed: own kernels)"
+        axes.set(xlim=(0, 136), xticks=range(0, 101, 20))
+        axes.set_xlabel(label, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
 
-    worst = min(in_all, key=in_all.get)
-    single = {name: ap for name, ap in shared_in.items() if name.endswith("only")}
-    worst_stage = min(single, key=single.get).removesuffix(" only")
+    worst = min(replaced_later, key=replaced_later.get)
+    worst_stage = min(shared_in, key=shared_in.get)
     is_trained = own >= 1  # otherwise there is nothing to lose
     hints = (f"worst is “{worst}”", f"it costs most in {worst_stage}") if is_trained else ("", "")
-    takeaway(grid[0, 0], f"Kernels replaced in all stages:\n{hints[0]}")
-    takeaway(grid[0, 1], f"One pair for all in some stages:\n{hints[1]}")
+    takeaway(grid[0, 0], f"Kernels replaced in all stages but the first:\n{hints[0]}")
+    takeaway(grid[0, 1], f"One pair for all in one stage:\n{hints[1]}")
     return figure
