@@ -3,8 +3,7 @@
 Each function takes data, not a model, and returns a figure with its takeaway as title. A takeaway
 that another image or checkpoint could make false is made from the data.
 
-Colour is the class and nothing else. An object is told by its line style and by its number, a
-proposal by its number.
+Colour is the class and nothing else. Numbers and line styles tell proposals apart.
 
 Shapes: S stages, B images, N proposals, K classes, M objects, h attention heads. Boxes are xyxy in
 pixels.
@@ -50,10 +49,11 @@ def draw_refinement(panels: Sequence[Panel], threshold: float) -> Figure:
     """
     width = max(panel.image.shape[2] / panel.image.shape[1] for panel in panels)
     figure, grid = new_figure(len(panels), 4, (1.8 * width, 2.1))
-    counts = []
+    is_empty = False
     for row, panel in zip(grid, panels, strict=True):
         num_stages = len(panel.scores)
-        counts.append(int((panel.scores[-1] >= threshold).sum()))
+        count = int((panel.scores[-1] >= threshold).sum())
+        is_empty = is_empty or count == 0
         for axes in row:
             axes.set_axis_off()
         for axes, stage in zip(row, _shown_stages(num_stages), strict=False):
@@ -61,11 +61,10 @@ def draw_refinement(panels: Sequence[Panel], threshold: float) -> Figure:
             num_proposals = len(panel.colours)
             text = f"After stage {stage}" if stage else f"{num_proposals} learned proposals"
             if stage == num_stages:
-                text += f": {counts[-1]} found"
+                text = f"Stage {stage}: {count} score ≥ {threshold:.2f}"
             takeaway(axes, text)
-    if all(counts):
-        text = "Every image starts from the same large boxes; each stage moves them onto objects"
-    else:
+    text = "Every image starts from the same large boxes; each stage moves them onto objects"
+    if is_empty:
         text = f"Where no proposal ends with a score ≥ {threshold:.2f}, nothing is found"
     figure.suptitle(text, fontsize=11, fontweight="bold")
     return figure
@@ -74,16 +73,19 @@ def draw_refinement(panels: Sequence[Panel], threshold: float) -> Figure:
 def play(panel: Panel, threshold: float) -> Any:
     """Sliders over stage and threshold in a live notebook; elsewhere a figure that needs none.
 
-    An executed notebook that nobody sits at cannot answer questions, and its kernel knows it.
-    There, and without ipywidgets, the result is `draw_sheet`.
+    Every request to run a cell says whether somebody is there to answer `input()` ("allow_stdin" in
+    Jupyter's messaging protocol). If not, as when nbconvert runs the notebook, and without
+    ipywidgets, the result is `draw_sheet`.
     """
     try:
         from IPython import get_ipython
         from IPython.display import display
         from ipywidgets import FloatSlider, IntSlider, interactive
-    except ImportError:
+
+        request = get_ipython().get_parent()
+    except (ImportError, AttributeError):  # no ipywidgets; no kernel
         return draw_sheet(panel, (0.05, threshold))
-    if not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):
+    if not request.get("content", {}).get("allow_stdin"):
         return draw_sheet(panel, (0.05, threshold))
 
     num_stages = len(panel.scores)
@@ -117,7 +119,10 @@ def draw_stage(panel: Panel, stage: int, threshold: float) -> Figure:
 
 
 def draw_sheet(panel: Panel, thresholds: Sequence[float]) -> Figure:
-    """Some of what the sliders show: stages 1 and S, a row for each threshold."""
+    """Some of what the sliders show: stages 1 and S, a row for each threshold.
+
+    The first box of a class names it.
+    """
     stages = sorted({1, len(panel.scores)})
     _, height, width = panel.image.shape
     figure, grid = new_figure(len(thresholds), len(stages), (1.75 * width / height, 2.0))
@@ -169,13 +174,12 @@ def _draw_by_score(axes: Axes, panel: Panel, stage: int, threshold: float, with_
     _draw_faint(axes, boxes_px[~is_found], scores[~is_found] / max(threshold, 1e-6))
 
     found = torch.nonzero(is_found)[:, 0].tolist()
-    draw_boxes(
-        axes,
-        boxes_px[found],
-        [panel.colours[n] for n in found],
-        [f"{panel.names[n]} {scores[n]:.2f}" for n in found] if with_texts else None,
-        linewidth=1.6 if len(found) <= 20 else 0.9,
-    )
+    linewidth = 1.6 if len(found) <= 20 else 0.9
+    draw_boxes(axes, boxes_px[found], [panel.colours[n] for n in found], None, linewidth)
+    first = {panel.names[n]: n for n in reversed(found)}.values()
+    for n in found if with_texts else first:
+        text = f"{panel.names[n]} {scores[n]:.2f}" if with_texts else panel.names[n]
+        draw_boxes(axes, boxes_px[n : n + 1], [panel.colours[n]], [text], linewidth)
     return len(found)
 
 
@@ -220,20 +224,20 @@ def draw_progress(ious: Tensor, scores: Tensor, aps: Sequence[float]) -> Figure:
     right.set_xlim(right=num_stages + 0.6)
 
     iou, score = ious.mean(1), scores.mean(1)
-    late, whole = float(iou[-1] - iou[second]), float(iou[-1] - iou[0])
-    barely = abs(late) < 0.1 * abs(whole)
-    if barely and num_stages > second:
-        takeaway(left, f"After stage {second} the boxes barely move")
-    else:
-        takeaway(left, f"IoU: first {iou[0]:.2f}, last {iou[-1]:.2f}")
-    if num_stages > second and score[-1] > score[second - 1] + 0.02:
-        takeaway(middle, f"… but scores rise: {score[second - 1]:.2f} to {score[-1]:.2f}")
-    else:
-        takeaway(middle, f"Scores: first {score[0]:.2f}, last {score[-1]:.2f}")
-    if num_stages > second and aps[-1] > aps[second - 1] + 1:
-        takeaway(right, f"… and AP rises: {aps[second - 1]:.1f} to {aps[-1]:.1f}")
-    else:
-        takeaway(right, f"AP: first {aps[0]:.1f}, last {aps[-1]:.1f}")
+    titles = [
+        f"IoU: first {iou[0]:.2f}, last {iou[-1]:.2f}",
+        f"Scores: first {score[0]:.2f}, last {score[-1]:.2f}",
+        f"AP: first {aps[0]:.1f}, last {aps[-1]:.1f}",
+    ]
+    if num_stages > second:
+        if (iou[-1] - iou[second]).abs() < 0.1 * (iou[-1] - iou[0]).abs():
+            titles[0] = f"After stage {second} the boxes move little:\n"
+            titles[0] += f"IoU {iou[second]:.2f} to {iou[-1]:.2f}"
+        if score[-1] > score[second - 1] + 0.02:
+            titles[1] = f"Scores rise: {score[second - 1]:.2f} to {score[-1]:.2f}"
+        titles[2] = f"AP: {aps[second - 1]:.1f} after stage {second},\n{aps[-1]:.1f} at the end"
+    for axes, title in zip((left, middle, right), titles, strict=True):
+        takeaway(axes, title)
 
     left.set(ylabel="IoU with its object", ylim=(0, 1.02), xticks=[0, *stages])
     left.set_xticklabels(["learned", *map(str, stages)])
@@ -247,12 +251,12 @@ def draw_progress(ious: Tensor, scores: Tensor, aps: Sequence[float]) -> Figure:
 
 
 def _draw_band(axes: Axes, x: Sequence[int], values: Tensor) -> None:
-    """The mean of values (len(x), M), and in grey the middle 80 % of them."""
+    """The mean of values (len(x), M), and in grey the middle 80% of them."""
     low, high = values.quantile(torch.tensor([0.1, 0.9]), dim=1)
     axes.fill_between(x, low, high, color="#CCCCCC", linewidth=0)
     axes.plot(x, values.mean(1), color="black", marker="o", markersize=4)
     axes.annotate(
-        "mean, and the middle 80 %",
+        "mean, and the middle 80%",
         (0.97, 0.05),
         xycoords="axes fraction",
         ha="right",
@@ -277,7 +281,7 @@ def draw_reach(norms: Mapping[str, Tensor]) -> Figure:
         plot_heatmap(axes, matrix, stages, stages, "{:.2f}", (0, high))
         away = float(matrix.tril(-1).square().sum() / matrix.square().sum().clamp(min=1e-12))
         share = "none" if away == 0 else f"{away:.0%}"
-        takeaway(axes, f"{name}: {share} comes from later losses")
+        takeaway(axes, f"{name}: {share} of the squared\nnorms come from later losses")
         axes.set(xlabel="box layer of stage (number: gradient norm)", ylabel="loss of stage")
     return figure
 
@@ -293,8 +297,8 @@ class Territories:
     centres_px: Tensor  # (M, 2), of the objects
     labels: Tensor  # (M,)
     proposals: Tensor  # (M,), the one that is matched to each object
-    spread_px: float  # mean distance of an object to the mean of its proposal's objects
-    shuffled_px: float  # the same after a shuffle of the proposals
+    spread_px: float  # mean distance of an object to the common centre of its proposal's objects
+    shuffled_px: float  # the same with proposals dealt out at random
     over_images_px: float  # how far a proposal's stage-1 box is from its mean over the images
     over_proposals_px: float  # how far these means are from each other's mean
 
@@ -419,24 +423,31 @@ def draw_rivals(
     num_stages = len(scores)
     winner, rival = pair
     figure, [row] = new_figure(1, num_stages, (1.65, 2.2))
-    # As much of the image as shows both boxes at every stage.
+    # As much of the image as shows both boxes at every stage, the rival's a little outside its place:
+    # at the end the two nearly coincide.
     corner, opposite = boxes_px[..., :2].amin((0, 1)), boxes_px[..., 2:].amax((0, 1))
     x, y = ((corner + opposite) / 2).tolist()
-    half = float((opposite - corner).max()) * 0.56
+    half = float((opposite - corner).max()) * 0.6
+    outside = torch.tensor([-1.0, -1, 1, 1]) * 0.07 * half
     for stage, axes in enumerate(row):
         show_image(axes, image)
         axes.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
         draw_boxes(axes, boxes_px[stage, :1], [colour(label)], linewidth=2)
-        draw_boxes(axes, boxes_px[stage, 1:], ["#FFFFFF"], linewidth=1.1, linestyle="--")
+        around_px = boxes_px[stage, 1:] + outside
+        draw_boxes(axes, around_px, [colour(label)], linewidth=1.4, linestyle="--")
         text = f"stage {stage + 1}\n{winner} scores {scores[stage, 0]:.2f}\n"
         text += f"{rival} scores {scores[stage, 1]:.2f}\n{rival} → {winner}: {attention[stage]:.2f}"
         axes.set_title(text, fontsize=8)
-    text = f"Proposal {winner} (colour) and its rival {rival} (white, dashed)"
-    peak = int(scores[:, 1].argmax())
-    if scores[-1, 1] < scores[peak, 1] / 2 and scores[-1, 0] > scores[-1, 1]:
-        text = f"Proposal {winner} (colour) wins; its rival {rival} (white, dashed) gives up after "
-        text += f"stage {peak + 1}"
-    text += f". Uniform attention would be {1 / num_proposals:.2f}"
+    peak, most = int(scores[:, 1].argmax()), int(attention.argmax())
+    ours, its = scores[peak].tolist()
+    text = f"Winner {winner} (solid) and its rival {rival} (dashed)"
+    if its > ours and scores[-1, 0] > scores[-1, 1]:
+        text = (
+            f"After stage {peak + 1}, rival {rival} (dashed) is ahead of winner {winner} (solid): "
+        )
+        text += f"{its:.2f} against {ours:.2f}"
+    text += f".\nIn stage {most + 1} the rival gives the winner {attention[most]:.2f} of its "
+    text += f"attention; uniform would be {1 / num_proposals:.2f}"
     figure.suptitle(text, fontsize=9.5, fontweight="bold")
     figure.get_layout_engine().set(h_pad=0.1)
     return figure
@@ -447,8 +458,8 @@ def draw_attention(entropy: Tensor, links: Mapping[str, Sequence[float]]) -> Fig
 
     Args:
         entropy: (S, h), mean entropy per stage and head, as a share of the largest possible one.
-        links: name -> mean attention weight per stage, of "rival → winner", "rival → any other" and
-            any more.
+        links: name -> mean attention weight per stage, of "rival → winner", "bystander → winner"
+            and any more.
     """
     figure, [[left, right]] = new_figure(1, 2, (4.4, 2.8))
     stages = range(1, len(entropy) + 1)
@@ -472,11 +483,10 @@ def draw_attention(entropy: Tensor, links: Mapping[str, Sequence[float]]) -> Fig
         text = f"Entropy: first {entropy[0].mean():.0%}, last {entropy[-1].mean():.0%}"
         takeaway(left, text)
 
-    to_winner, others = links["rival → winner"], links["rival → any other"]
+    to_winner, bystanders = links["rival → winner"], links["bystander → winner"]
     best = max(range(len(to_winner)), key=lambda stage: to_winner[stage])
-    title = f"Rival → winner: {to_winner[best]:.2f} at stage {best + 1}"
-    if to_winner[best] > 2 * others[best]:
-        title = f"Rivals look at the winner, {to_winner[best]:.2f} at stage {best + 1}"
+    title = f"At stage {best + 1} rivals give the winner {to_winner[best]:.2f},\n"
+    title += f"bystanders give it {bystanders[best]:.2f}"
     _draw_lines(right, stages, links, title, "mean attention weight")
     return figure
 
@@ -497,7 +507,8 @@ def draw_blindness(
     left.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
     left.set_yticks(range(len(names)), names, fontsize=8)
     left.invert_yaxis()
-    left.set(xlim=(0, 115), xlabel="AP after the last stage (points of 100)")
+    left.set(xlim=(0, 115), xlabel="AP (points of 100)")
+    takeaway(left, "After the last stage")
     left.spines[["top", "right"]].set_visible(False)
 
     stages = range(1, len(counts[names[0]]) + 1)
@@ -505,7 +516,7 @@ def draw_blindness(
     before, after = counts[names[0]][-1], counts[names[1]][-1]
     text = f"{names[1].capitalize()}: {after:.2f} duplicates per image, {names[0]} {before:.2f}"
     if after > 1.5 * before:
-        text = "A rival that cannot see the winner does not give up: "
+        text = "Rivals that cannot see the winner give up less often: "
         text += f"{after:.2f} duplicates per image instead of {before:.2f}"
     figure.suptitle(text, fontsize=9.5, fontweight="bold")
     return figure

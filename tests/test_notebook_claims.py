@@ -76,3 +76,19 @@ def test_5_a_start_from_weights_helps_and_ap50_is_never_below_ap() -> None:
     for ap, ap50 in (shapes[:2], shapes[2:], scratch[:2], scratch[2:]):
         assert ap50 >= ap
     assert shapes[0] > scratch[0] and shapes[2] > scratch[2]
+
+
+def test_2_rivals_give_up_when_they_see_the_winner() -> None:
+    rivals, bystanders = numbers("02", "rival → winner"), numbers("02", "bystander → winner")
+    assert all(a > b for a, b in zip(rivals[1:], bystanders[1:], strict=True))
+    duplicates = {
+        name: numbers("02", rf"{name} +AP [\d.]+, duplicates [\d.]+ at ≥ 0.05,")[0]
+        for name in ("as trained", "winner hidden from its rivals", "another hidden from them")
+    }
+    trained, hidden, control = duplicates.values()
+    assert hidden > 0.5 > 0.05 > max(trained, control)
+
+
+def test_2_proposals_learn_places() -> None:
+    spread, shuffled, over_images, over_proposals = numbers("02", "Step 300: spread")
+    assert spread < 0.6 * shuffled and over_images < 0.1 * over_proposals
