@@ -92,3 +92,22 @@ def test_2_rivals_give_up_when_they_see_the_winner() -> None:
 def test_2_proposals_learn_places() -> None:
     spread, shuffled, over_images, over_proposals = numbers("02", "Step 300: spread")[:4]
     assert spread < 0.6 * shuffled and over_images < 0.1 * over_proposals
+
+
+def test_4_one_to_many_makes_duplicates_that_nms_has_to_remove() -> None:
+    for start in ("trained", "random head"):
+        one = numbers("04", f"one to one, {start}")[1:4]  # AP, with NMS, boxes too many per image
+        many = numbers("04", f"one to many, {start}")[1:4]
+        assert many[2] > 5 * one[2]
+        assert many[1] - many[0] > one[1] - one[0]
+    ap, with_nms, duplicates = numbers("04", "one to one, trained")[1:4]
+    assert ap > 90 and with_nms <= ap and duplicates < 0.1
+
+
+def test_4_settled_proposals_stay_with_their_objects() -> None:
+    for data in ("Shapes", "blood cells"):
+        shares = re.findall(
+            rf"trained on {data} .*?((?:[\d.]+ % *)+)$", printed("04"), re.MULTILINE
+        )
+        changes = [float(text) for text in re.findall(r"[\d.]+", shares[0])]
+        assert changes[0] > 5 and changes[-2:] == [0, 0]
