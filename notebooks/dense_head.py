@@ -66,6 +66,7 @@ def label_anchors(
     iou = box_iou(anchors_px, objects_px)  # (A, M)
     best, obj = iou.max(1)
     labels = torch.where(best >= positive, obj, torch.where(best < negative, -1, -2))
+    # torchvision's allow_low_quality_matches; the RetinaNet paper does not have it.
     labels[iou.argmax(0)] = torch.arange(len(objects_px))
     return labels
 

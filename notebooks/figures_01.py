@@ -1,14 +1,17 @@
 """The figures of notebook 1. Each function takes data and returns a figure.
 
+The colour of a box is that of its class, or grey. Maps, here counts per pixel, are drawn in
+cividis, as everywhere. Lines are black and grey, with their names at their ends.
+
 Shapes: n boxes, A anchors, M objects in one image, N proposals. Images are RGB (3, H, W), boxes
 xyxy in pixels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -130,7 +133,9 @@ def draw_labels(
     others = [row for row in range(len(proposals_px)) if row not in matched]
     draw_boxes(sparse, proposals_px[others], [NOBODY] * len(others), linewidth=0.7)
     for row in matched:
-        draw_boxes(sparse, proposals_px[row][None], [colour(label)], [f"{row}"], linewidth=1.6)
+        draw_boxes(
+            sparse, proposals_px[row][None], [colour(label)], [f"proposal {row}"], linewidth=1.6
+        )
     for axes in (dense, sparse):
         draw_boxes(axes, object_px[None], ["#000000"], linewidth=1, linestyle=DASHES[2])
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
@@ -142,7 +147,7 @@ def draw_labels(
     values = per_object.sort(descending=True).values.tolist()
     chart.bar(range(1, len(values) + 1), values, width=1, color=GREYS[3])
     chart.axhline(1, color=GREYS[0], linewidth=1.5)
-    chart.text(1, 1.5, "Sparse R-CNN: 1 proposal each", va="bottom", fontsize=8)
+    chart.text(1, 1.5, "Sparse R-CNN: 1 proposal each, per stage", va="bottom", fontsize=8)
     chart.set(xlabel="objects of all images, sorted", ylabel="positive anchors")
     chart.set(xlim=(0.5, len(values) + 0.5), ylim=(0, 1.1 * max(values)))
     chart.spines[["top", "right"]].set_visible(False)
@@ -190,7 +195,7 @@ def plot_ap(thresholds: Sequence[float], ap: Mapping[str, Mapping[str, Sequence[
         axes.set_xticks(x, [*(f"{threshold:g}" for threshold in thresholds), "no NMS"])
         axes.set(xlabel="NMS: IoU above which the lower score is removed", ylim=(0, 103))
         takeaway(axes, title)
-    grid[0, 0].set_ylabel("AP (points)")
+    grid[0, 0].set_ylabel("AP (points of 100)")
     return figure
 
 
@@ -198,41 +203,45 @@ def draw_neighbours(
     image: Tensor,
     pair_px: Tensor,
     label: int,
-    title: str,
+    class_name: str,
+    iou: float,
     thresholds: Sequence[float],
     lost: Mapping[str, Sequence[float]],
 ) -> Figure:
-    """Two objects that overlap, and what NMS takes from perfect boxes.
+    """Two objects that overlap, without and with their boxes; what NMS takes from perfect boxes.
 
     Args:
-        image: (3, H, W).
+        image: (3, H, W). Its contrast is stretched, so that the border of the objects shows.
         pair_px: (2, 4), the two boxes.
-        label: of their class.
-        title: above them.
+        label, class_name: of both objects.
+        iou: of the two boxes.
         thresholds: of NMS (IoU), ascending.
         lost: data set -> share of its annotated objects that NMS removes, in percent.
     """
-    figure, grid = new_figure(1, 2, (4.6, 2.9))
-    axes, chart = grid[0]
-    show_image(axes, image)
-    for i, box in enumerate(pair_px):
-        draw_boxes(axes, box[None], [colour(label)], linewidth=2.2, linestyle=DASHES[i])
+    figure, grid = new_figure(1, 3, (3.2, 2.9))
+    plain, boxed, chart = grid[0]
+    height, width = image.shape[1:]
     low, high = pair_px[:, :2].amin(0), pair_px[:, 2:].amax(0)
-    reach = 0.75 * (high - low).max()  # half the side of what is shown
-    centre, (height, width) = (low + high) / 2, image.shape[1:]
-    x = torch.stack([centre[0] - 1.5 * reach, centre[0] + 1.5 * reach]).clamp(-0.5, width - 0.5)
-    y = torch.stack([centre[1] - reach, centre[1] + reach]).clamp(-0.5, height - 0.5)
-    axes.set(xlim=x.tolist(), ylim=y.flip(0).tolist())
-    takeaway(axes, title)
+    centre, reach = (low + high) / 2, 0.65 * (high - low).max()  # half the side of what is shown
+    left, top = (centre - reach).long().clamp(min=0).tolist()
+    right, bottom = (centre + reach).long().minimum(torch.tensor([width, height])).tolist()
 
+    grey = image.as_subclass(Tensor).float().mean(0)[top:bottom, left:right]
+    dark, light = grey.quantile(0.01), grey.quantile(0.99)
+    grey = ((grey - dark) / (light - dark).clamp(min=1e-6)).clamp(0, 1)
+    for axes in (plain, boxed):
+        show_image(axes, grey.expand(3, -1, -1))
+    for i, box in enumerate(pair_px - torch.tensor([left, top] * 2)):
+        draw_boxes(boxed, box[None], [colour(label)], linewidth=2.2, linestyle=DASHES[i])
+    takeaway(plain, f"Two objects, both {class_name}")
+    takeaway(boxed, f"NMS sees two boxes, IoU {iou:.2f}")
+
+    worst = max(max(values) for values in lost.values())
+    chart.set_ylim(-0.05 * max(1, worst), 1.05 * max(1, worst))
     plot_named_lines(chart, list(thresholds), lost, margin=0.3)
     chart.set_xticks(list(thresholds))
     chart.set(xlabel="NMS: IoU above which a box is removed", ylabel="annotated objects lost (%)")
-    worst = max(max(values) for values in lost.values())
-    takeaway(
-        chart,
-        "Given perfect boxes, strict NMS deletes objects" if worst > 0 else "No objects overlap",
-    )
+    takeaway(chart, "Strict NMS deletes perfect boxes" if worst > 0 else "NMS deletes nothing here")
     return figure
 
 
@@ -249,25 +258,21 @@ def plot_growth(
         gflop: detector -> operations after the backbone, in 1e9.
     """
     figure, grid = new_figure(1, 2, (4.6, 3.0))
-    for axes, series in zip(grid[0], (candidates, gflop), strict=True):
-        plot_named_lines(axes, megapixels, series, margin=0.55)
-        axes.set_xlabel("image (megapixels)")
     left, right = grid[0]
-    _log_axis(left)
-    left.set_ylabel("candidates (log scale)")
-    right.set(ylabel="GFLOP after the backbone", ylim=(0, None))
+    exponents = {
+        name: [math.log10(count) for count in counts] for name, counts in candidates.items()
+    }
+    plot_named_lines(left, megapixels, exponents, margin=0.6)
+    low, high = (int(edge(sum(exponents.values(), []))) for edge in (min, max))
+    ticks = range(low, high + 1)
+    left.set_yticks(ticks, [f"{10**tick:,}" for tick in ticks])
+    left.set(ylabel="candidates (log scale)", ylim=(low - 0.2, high + 0.9))
     takeaway(left, "Anchors grow with the image, proposals do not")
-    takeaway(right, "Only Sparse R-CNN's work stays the same")
+
+    plot_named_lines(right, megapixels, gflop, margin=0.6)
+    right.set(ylabel="GFLOP after the backbone", ylim=(0, None))
+    takeaway(right, "After the backbone,\nonly Sparse R-CNN's work stays the same")
+    for axes in (left, right):
+        axes.set_xticks(megapixels, [f"{value:.2f}" for value in megapixels], fontsize=8)
+        axes.set_xlabel("image (megapixels)")
     return figure
-
-
-def _log_axis(axes: Axes) -> None:
-    """Makes y logarithmic, and puts the names at the ends of the lines apart from each other."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, 3 * high)
-    step, floor = (high / low) ** 0.08, 0.0
-    ends = [float(line.get_ydata()[-1]) for line in axes.lines]  # the texts stand from low to high
-    for text, end in zip(axes.texts, sorted(ends), strict=True):
-        floor = max(end, floor * step)
-        text.xy = (text.xy[0], floor)

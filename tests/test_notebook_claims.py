@@ -111,3 +111,20 @@ def test_4_settled_proposals_stay_with_their_objects() -> None:
         )
         changes = [float(text) for text in re.findall(r"[\d.]+", shares[0])]
         assert changes[0] > 5 and changes[-2:] == [0, 0]
+
+
+def test_1_nms_is_needed_by_the_dense_detector_only() -> None:
+    for data in ("blood", "shapes"):
+        dense, sparse = (
+            numbers("01", rf"{data}, \d+ images +{kind} +") for kind in ("dense", "Sparse R-CNN")
+        )
+        assert len(dense) == len(sparse) == 5  # four thresholds of NMS, then without
+        assert dense[-1] < max(dense) - 10
+        assert sparse[-1] >= max(sparse[:-1])
+
+
+def test_1_only_the_work_of_sparse_r_cnn_stays_the_same() -> None:
+    first, last = numbers("01", "Sparse R-CNN: +(?=[0-9.]+ …)")
+    assert first == last
+    smallest, largest = numbers("01", "RetinaNet: +(?=[0-9.]+ …)")
+    assert largest > 5 * smallest
