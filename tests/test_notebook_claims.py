@@ -25,7 +25,7 @@ def printed(number: str) -> str:
 
 def numbers(number: str, start: str) -> list[float]:
     """The numbers after `start`, a regular expression, on the one line that it begins."""
-    lines = re.findall(rf"^{start}(.*)$", printed(number), re.MULTILINE)
+    lines = re.findall(rf"^ *{start}(.*)$", printed(number), re.MULTILINE)
     assert len(lines) == 1, (start, lines)
     return [float(text) for text in re.findall(r"(?<![\w.-])-?\d+\.?\d*", lines[0])]
 
