@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from shapes import ShapesDataset
 from support import report
 from support.checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
 from support.errors import UserError
-from train import main, train_step
+from train import learning_rate, main, train_step
 
 TRAIN = str(ROOT / "train.py")
 
@@ -689,3 +691,41 @@ def test_more_stages_or_classes_than_the_data_has_is_no_crash(make_coco) -> None
     training = new_training(replace(TINY, num_classes=1))
     images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
     assert np.isfinite(take_step(training, list(images), list(targets), 8)["loss"])
+
+
+def test_three_steps_are_the_recipe_by_hand() -> None:
+    """Clipping and AdamW as in their papers, in float64, from gradients taken on a copy."""
+    config = replace(TINY, lr=3e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.1)
+    training = new_training(config, steps_per_epoch=30)
+    model, lr_of = training.model, partial(learning_rate, total_steps=30, config=config)
+    dataset = ShapesDataset("demo", "train", 4)
+    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    first = {name: torch.zeros((), dtype=torch.float64) for name in names}
+    second = dict(first)
+    by_hand = {name: p.detach().double() for name, p in model.named_parameters()}
+
+    for step in range(3):
+        copy = deepcopy(model)
+        sum(copy(images, targets).values()).backward()
+        gradients = {name: p.grad.double() for name, p in copy.named_parameters() if name in names}
+        norm = sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
+        assert norm > config.clip_norm  # so that it is clipped
+        values = take_step(training, images, targets, sum(len(t["labels"]) for t in targets))
+        assert values["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+        lr, t = lr_of(step), step + 1
+        now = dict(model.named_parameters())
+        for name in names:
+            gradient = gradients[name] * config.clip_norm / norm
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient.square()
+            m, v = first[name] / (1 - 0.9**t), second[name] / (1 - 0.999**t)
+            by_hand[name] = by_hand[name] * (1 - lr * config.weight_decay)
+            by_hand[name] = by_hand[name] - lr * m / (v.sqrt() + 1e-8)
+            # Where a gradient is about 0, AdamW divides one rounding error by another.
+            is_sure = v.sqrt() > 1e-6
+            difference = (now[name].detach() - by_hand[name]).abs()[is_sure]
+            rounding = 1e-7 * by_hand[name].abs().max()  # of a float32 weight
+            assert difference.numel() == 0 or difference.max() < 1e-3 * lr + rounding, name
+            by_hand[name] = now[name].detach().double()
