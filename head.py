@@ -300,7 +300,8 @@ class RoIPooler(nn.Module):
         k = torch.floor(4 + torch.log2(scale + 1e-8))
         finest = int(math.log2(self.strides[0]))
         coarsest = int(math.log2(self.strides[-1]))
-        return k.clamp(finest, coarsest).long() - finest
+        # NaN is the root of a box with a negative width or height.
+        return k.nan_to_num(finest).clamp(finest, coarsest).long() - finest
 
     def forward(self, pyramid: Sequence[Tensor], boxes_px: Tensor) -> Tensor:
         """pyramid of (B, C, H/stride, W/stride), boxes_px (B, N, 4) -> (B·N, C, R, R)."""
@@ -308,7 +309,8 @@ class RoIPooler(nn.Module):
         # RoIAlign takes rows of (index of the image, x1, y1, x2, y2).
         image = torch.arange(B, device=boxes_px.device, dtype=boxes_px.dtype)
         image = image.repeat_interleave(N)[:, None]  # (B·N, 1)
-        rois = torch.cat((image, boxes_px.flatten(0, 1)), dim=1)  # (B·N, 5)
+        # It would read outside of the map for boxes that are not finite; the matcher names them.
+        rois = torch.cat((image, boxes_px.flatten(0, 1).nan_to_num()), dim=1)  # (B·N, 5)
 
         levels = self.levels(rois[:, 1:])  # (B·N,)
         # The boxes of each level. Their numbers are the one thing that the host has to wait for.

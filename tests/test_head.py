@@ -16,6 +16,7 @@ from head import (
     apply_deltas,
     dynamic_instance_interaction,
 )
+from support.roi_align import roi_align as ours_on_a_cpu
 
 B, N, C, D, K, S, R = 2, 5, 16, 4, 3, 6, 7  # all different
 
@@ -259,3 +260,12 @@ def test_maps_may_have_any_memory_format_and_dtype(
         assert found.dtype == dtype
         assert torch.equal(found, expected.to(dtype))
     assert gradients[0][0].any()
+
+
+def test_boxes_that_are_not_finite_reach_the_matcher_which_names_them() -> None:
+    pyramid = [torch.rand(1, 8, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
+    bad = [float("nan"), float("inf"), float("-inf")]
+    boxes_px = torch.tensor([[0.0, 0.0, value, 9.0] for value in (*bad, -5.0)])[None]  # (1, 4, 4)
+    for function in (roi_align, ours_on_a_cpu):
+        pooler = RoIPooler(roi_size=3, roi_align=function)
+        assert pooler(pyramid, boxes_px).shape == (4, 8, 3, 3)
