@@ -169,7 +169,7 @@ class AblateArgs:
     # Its fields are the flags.
     config: tyro.conf.Suppress[Config] = field(default_factory=lambda: ABLATION)
     seeds: tuple[int, ...] = ()  # train each variant once per seed; by default with --seed only
-    output: Path = Path("experiments/results")  # folder for the tables
+    output: Path = Path("runs/tables")  # folder for the tables
     runs: Path = Path("runs/ablations")  # folder for the training runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     # Checkpoint whose backbone all variants start from; None for random weights.

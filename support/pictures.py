@@ -181,7 +181,9 @@ def to_image(image: AnyImage) -> Tensor:
     if isinstance(image, Image.Image):
         return pil_to_tensor(ImageOps.exif_transpose(image)).as_subclass(Tensor)
     if isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(image))
+        pixels = np.ascontiguousarray(image)
+        # torch warns of arrays that cannot be written to, such as np.asarray of a PIL image.
+        pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
         pixels = pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels
     elif isinstance(image, Tensor):
         pixels = image.as_subclass(Tensor)

@@ -1,6 +1,7 @@
 """The checkpoints in assets/ are small, and as good as the note beside them says."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +47,10 @@ def test_the_images_that_are_shipped_are_small() -> None:
     assert sum(path.stat().st_size for path in (ASSETS / "blood").iterdir()) <= 300e3
     assert (ASSETS / "refinement.gif").stat().st_size <= 1.5e6
     assert "MIT License" in (ASSETS / "blood/LICENSE").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["shapes.pt", "blood.pt"])
+def test_a_shipped_checkpoint_names_no_folder_of_the_machine_that_made_it(name: str) -> None:
+    config = torch.load(ROOT / "assets" / name, weights_only=True)["config"]
+    paths = [value for key, value in config.items() if value and key.endswith(("json", "images"))]
+    assert all(not Path(path).is_absolute() for path in paths), paths

@@ -279,3 +279,12 @@ def test_images_of_every_suffix_that_pillow_also_writes(tmp_path: Path) -> None:
             tried += 1
             break
     assert tried > 30
+
+
+def test_an_array_that_cannot_be_written_to_is_read_without_a_warning() -> None:
+    array = np.asarray(Image.new("RGB", (8, 6), (1, 2, 3)))
+    assert not array.flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = to_image(array)
+    assert pixels.shape == (3, 6, 8) and pixels[:, 0, 0].tolist() == [1, 2, 3]
