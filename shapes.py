@@ -146,7 +146,7 @@ def draw_count(rng: np.random.Generator, level: Level) -> int:
 
 
 def draw_layout(rng: np.random.Generator, level: Level) -> tuple[np.ndarray, np.ndarray]:
-    """Draws which objects an image has, and where.
+    """Draws the objects of one image and their places.
 
     The largest objects come first: they are the hardest to place, and since they are painted first
     they do not hide the small ones. All sizes are drawn before any position, and objects that do

@@ -7,12 +7,13 @@ repeat the command. If it is started twice at the same time, the two share the r
 with OMP_NUM_THREADS=1 each, that is faster than one after the other.
 
 In:  every setting of `train.py` (data, schedule, …) as a flag. The defaults are in `ABLATION`.
-Out: --output DIR: tableN.md, tableN.json and tableN.png, written again whenever a run is finished.
-     --runs DIR: VARIANT-seedN, with the files of `train.py` and result.json.
+Out: --output DIR: tableN.md, tableN.json, tableN.png and tableN-curves.png, written again whenever
+     a run is finished.
+     --runs DIR: a folder per run, such as grid-lr0.001-shapes-seed0 (the variant, the rate if there
+     are --lrs, the checkpoint of --start-from, the seed), with train.py's files and result.json.
 
 With --lrs, every variant is trained with each of these learning rates, and gets the one that is
-best on images that are not the reported ones. --quick is a reduced form that can be watched: ten
-minutes for Table 5 on two cores.
+best on images that are not the reported ones. --quick is a reduced form that can be watched.
 
 The paper's figures are for COCO after 36 epochs on eight GPUs, ours for a small model on small
 images after minutes. Compare the order of the rows, not the figures. Table 10's rows of DETR are
@@ -614,7 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = ", ".join(elsewhere)
         print(f"another process is working on {runs}; repeat the command when it has finished")
     names = ", ".join(f"table{number}" for number in args.tables)
-    print(f"written: {names} as .md, .json and .png in {args.output}")
+    print(f"written: {names} as .md, .json, .png and -curves.png in {args.output}")
     return 0
 
 

@@ -114,21 +114,10 @@ def draw_followed(
     _dashed_box(panels[0], before, 1.6)
     takeaway(panels[0], "Pool: its box")
 
-    x1, y1, x2, y2 = _pixels(before)
-    show_image(panels[1], crop(image, y1, x1, y2 - y1, x2 - x1))  # black beyond the image
-    panels[1].set_aspect((x2 - x1) / (y2 - y1))
-    for line in range(side + 1):
-        panels[1].axvline((x2 - x1) * line / side - 0.5, color="white", linewidth=0.8)
-        panels[1].axhline((y2 - y1) * line / side - 0.5, color="white", linewidth=0.8)
+    _draw_bins(panels[1], image, before, side)
     takeaway(panels[1], f"… in {side}×{side} bins")
 
-    limit = float(kernel.abs().quantile(0.99)) or 1.0
-    show_map(panels[2], kernel, limits=(-limit, limit), aspect="auto")
-    panels[2].set_axis_on()
-    panels[2].set(xticks=[], yticks=[])
-    legend = f"kernel 1: {kernel.shape[1]} outputs\nyellow: positive\ndark: negative"
-    panels[2].set_xlabel(legend, fontsize=8)
-    panels[2].set_ylabel(f"{kernel.shape[0]} channels of a bin", fontsize=8)
+    _draw_kernel(panels[2], kernel)
     takeaway(panels[2], "Generate")
 
     show_map(panels[3], _mosaic(response, side))
@@ -158,6 +147,27 @@ def draw_followed(
             title += f"{float(scores[1][label]):.2f}"
     figure.suptitle(title, fontsize=10.5, fontweight="bold", parse_math=False)
     return figure
+
+
+def _draw_bins(axes: Axes, image: Tensor, box: Tensor, side: int) -> None:
+    """The region of an image (3, H, W) in a box (4,) px, divided into side × side bins."""
+    x1, y1, x2, y2 = _pixels(box)
+    show_image(axes, crop(image, y1, x1, y2 - y1, x2 - x1))  # black beyond the image
+    axes.set_aspect((x2 - x1) / (y2 - y1))
+    for line in range(side + 1):
+        axes.axvline((x2 - x1) * line / side - 0.5, color="white", linewidth=0.8)
+        axes.axhline((y2 - y1) * line / side - 0.5, color="white", linewidth=0.8)
+
+
+def _draw_kernel(axes: Axes, kernel: Tensor) -> None:
+    """A kernel (C, D) as a map, with 0 in the middle of the colours."""
+    limit = float(kernel.abs().quantile(0.99)) or 1.0
+    show_map(axes, kernel, limits=(-limit, limit), aspect="auto")
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    legend = f"kernel 1: {kernel.shape[1]} outputs\nyellow: positive\ndark: negative"
+    axes.set_xlabel(legend, fontsize=8)
+    axes.set_ylabel(f"{kernel.shape[0]} channels of a bin", fontsize=8)
 
 
 def _dashed_box(axes: Axes, box: Tensor, linewidth: float) -> None:
