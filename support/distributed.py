@@ -156,7 +156,15 @@ class ParallelModel:
     def __init__(self, model: nn.Module, world: World):
         self.world = world
         self.guarded = _KeepsError(model)
-        self.replica = DistributedDataParallel(self.guarded) if world.size > 1 else self.guarded
+        self.replica = self.guarded
+        if world.size > 1:
+            # Gradients are averaged where they are, without a second copy.
+            self.replica = DistributedDataParallel(self.guarded, gradient_as_bucket_view=True)
+            # Training does not read the norms' running statistics, and `copy_buffers` gives all
+            # processes the main one's before an evaluation: no need to send them in every step.
+            # (The argument of this name gives a warning from torch 2.14 on, its new name is not in
+            # 2.11. The attribute is in both.)
+            self.replica.broadcast_buffers = False
 
     def __call__(
         self,
