@@ -12,8 +12,9 @@ Out: --output DIR: tableN.md, tableN.json, tableN.png and tableN-curves.png, wri
      --runs DIR: a folder per run, such as grid-lr0.001-shapes-seed0 (the variant, the rate if there
      are --lrs, the checkpoint of --start-from, the seed), with train.py's files and result.json.
 
-With --lrs, every variant is trained with each of these learning rates, and gets the one that is
-best on images that are not the reported ones. --quick is a reduced form that can be watched.
+With --lrs, the static head with attention and the dynamic head are trained with each of these
+learning rates. The one that is best on images that are not the reported ones is taken for all
+variants with that head. --quick is a reduced form that can be watched.
 
 The paper's figures are for COCO after 36 epochs on eight GPUs, ours for a small model on small
 images after minutes. Compare the order of the rows, not the figures. Table 10's rows of DETR are
@@ -175,7 +176,7 @@ class AblateArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     # Checkpoint whose backbone all variants start from; None for random weights.
     start_from: str | None = "assets/shapes.pt"
-    # Learning rates to choose from for each variant; by default all have the config's.
+    # Learning rates to choose from for each kind of head; by default all have the config's.
     lrs: tuple[float, ...] = ()
     # Annotations (COCO format) and images to choose the rate on. Shapes has its own.
     tune_json: str | None = None
@@ -235,10 +236,7 @@ def read_result(args: AblateArgs, run: Run) -> dict[str, Any] | None:
 
 
 def runs_of(args: AblateArgs, variant: str) -> list[Run]:
-    """The runs that a variant's row is made of, as far as they are known.
-
-    The rate is chosen with the first seed. The other seeds are known once its runs are finished.
-    """
+    """The runs that a variant's row is made of, one per seed; none while its rate is not chosen."""
     if not args.lrs:
         return [Run(variant, seed, args.config.lr) for seed in args.seeds]
     rate = chosen_rate(args, variant)
@@ -246,8 +244,8 @@ def runs_of(args: AblateArgs, variant: str) -> list[Run]:
 
 
 def trials_of(args: AblateArgs, variant: str) -> list[Run]:
-    """The runs that the learning rate is chosen from: the first seed with every rate."""
-    return [Run(variant, args.seeds[0], lr) for lr in args.lrs]
+    """The runs that a variant's learning rate is chosen from: the first seed with every rate."""
+    return [Run(VARIANTS[variant].tuned_as, args.seeds[0], lr) for lr in args.lrs]
 
 
 def chosen_rate(args: AblateArgs, variant: str) -> float | None:
@@ -605,7 +603,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elsewhere: list[str] = []
     # First the rates are chosen. Then it is known which runs the rows are made of.
     for kind in (trials_of, runs_of):
-        wanted = [run for variant in variants for run in kind(args, variant)]
+        wanted = list(dict.fromkeys(run for variant in variants for run in kind(args, variant)))
         wanted.sort(key=lambda run: args.seeds.index(run.seed))
         if status := train_missing(args, wanted, elsewhere):
             return status

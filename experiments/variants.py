@@ -249,6 +249,7 @@ class Variant(NamedTuple):
     num_stages: int | None = None  # S; None is the config's
     times_proposals: int = 1  # how many times the config's N
     times_dynamic: int = 1  # how many times the config's D
+    tuned_as: str = "grid"  # the variant whose best learning rate this one takes
 
     def config(self, config: Config) -> Config:
         """The config of this variant, from the one that all variants share."""
@@ -277,17 +278,17 @@ _build_static = with_stages(_static_stage)
 
 VARIANTS: dict[str, Variant] = {
     # Tables 3 to 5.
-    "sparse": Variant(_build_static, num_stages=1),
-    "cascade": Variant(_build_static),
-    "reuse": Variant(with_stages(_reuse_stage)),
-    "attention": Variant(with_stages(_attention_stage)),
+    "sparse": Variant(_build_static, num_stages=1, tuned_as="attention"),
+    "cascade": Variant(_build_static, tuned_as="attention"),
+    "reuse": Variant(with_stages(_reuse_stage), tuned_as="attention"),
+    "attention": Variant(with_stages(_attention_stage), tuned_as="attention"),
     # Sparse R-CNN as it is: it starts from the whole image and has no positional encoding.
     "dynamic": Variant(),
     # Not in the paper: wider generated convolutions, and the static head of the same size.
     "grid-D2": Variant(with_boxes(grid_boxes), times_dynamic=2),
     "grid-D4": Variant(with_boxes(grid_boxes), times_dynamic=4),
-    "attention-D2": Variant(with_stages(_attention_stage), times_dynamic=2),
-    "attention-D4": Variant(with_stages(_attention_stage), times_dynamic=4),
+    "attention-D2": Variant(with_stages(_attention_stage), times_dynamic=2, tuned_as="attention"),
+    "attention-D4": Variant(with_stages(_attention_stage), times_dynamic=4, tuned_as="attention"),
     # Table 6.
     "centre": Variant(with_boxes(centre_boxes)),
     "grid": Variant(with_boxes(grid_boxes)),
