@@ -64,6 +64,7 @@ SEEDS = {
 
 # A shape is where its function of (u, v) is at most 0. u points right, v down, and the object's box
 # is [-1, 1] x [-1, 1]. Every shape touches all four sides of its box.
+Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def rectangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -92,7 +93,7 @@ def ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return abs(np.sqrt(u * u + v * v) - 0.77) - 0.23
 
 
-SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+SHAPES: dict[str, Shape] = {
     "ellipse": ellipse,
     "rectangle": rectangle,
     "triangle": triangle,
@@ -260,13 +261,13 @@ def draw_colours(rng: np.random.Generator, count: int, avoid: np.ndarray) -> np.
     return taken[len(avoid) :].astype(np.float32)
 
 
-def paint(canvas: np.ndarray, box_px: np.ndarray, name: str, colour: np.ndarray) -> None:
+def paint(canvas: np.ndarray, box_px: np.ndarray, shape: Shape, colour: np.ndarray) -> None:
     """Paints one object over what is there.
 
     Args:
         canvas: (3, H, W) float32, 0–255, changed in place.
         box_px: (4,) xyxy.
-        name: of a shape in `SHAPES`.
+        shape: a function such as those in `SHAPES`.
         colour: (3,) RGB, 0–255.
     """
     x1, y1, x2, y2 = box_px.tolist()
@@ -277,7 +278,7 @@ def paint(canvas: np.ndarray, box_px: np.ndarray, name: str, colour: np.ndarray)
     offsets = (np.arange(SUPERSAMPLE * SIZE_PX, dtype=np.float32) + 0.5) / SUPERSAMPLE
     u = (2 * (left + offsets[: SUPERSAMPLE * (right - left)]) - x1 - x2) / (x2 - x1)
     v = (2 * (top + offsets[: SUPERSAMPLE * (bottom - top)]) - y1 - y2) / (y2 - y1)
-    inside = SHAPES[name](u[None, :], v[:, None]) <= 0
+    inside = shape(u[None, :], v[:, None]) <= 0
     points = inside.reshape(bottom - top, SUPERSAMPLE, right - left, SUPERSAMPLE)
     coverage = points.mean(axis=(1, 3), dtype=np.float32)  # (h, w) share of each pixel
 
@@ -355,7 +356,7 @@ class ShapesDataset(torch.utils.data.Dataset):
         canvas, avoid = draw_background(rng, self.level)
         colours = draw_colours(rng, len(labels), avoid)
         for box_px, label, colour in zip(boxes_px, labels, colours, strict=True):
-            paint(canvas, box_px, self.class_names[label], colour)
+            paint(canvas, box_px, SHAPES[self.class_names[label]], colour)
 
         image = tv_tensors.Image(torch.from_numpy(canvas.round().clip(0, 255).astype(np.uint8)))
         size_hw = (SIZE_PX, SIZE_PX)

@@ -109,6 +109,16 @@ TABLES = {
             ("self-attention, instance interaction", "grid", (42.3, 61.2, 45.7)),
         ),
     ),
+    "H": Table(
+        "static or dynamic, from a grid of boxes and from the whole image (not in the paper)",
+        "AP AP50 AP75",
+        (
+            ("static, from a grid", "attention", (None, None, None)),
+            ("dynamic, from a grid", "grid", (None, None, None)),
+            ("static, from the image", "attention-image", (None, None, None)),
+            ("dynamic, from the image", "dynamic", (None, None, None)),
+        ),
+    ),
     "D": Table(
         "wider generated convolutions, and static heads of the same size (not in the paper)",
         "AP AP50 AP75",
@@ -166,7 +176,7 @@ TABLES = {
 class AblateArgs:
     # Tables of the paper.
     tables: tyro.conf.Positional[
-        tuple[Literal["3", "4", "5", "D", "6", "7", "8", "10", "all"], ...]
+        tuple[Literal["3", "4", "5", "H", "D", "6", "7", "8", "10", "all"], ...]
     ]
     # Its fields are the flags.
     config: tyro.conf.Suppress[Config] = field(default_factory=lambda: ABLATION)
@@ -387,7 +397,7 @@ def head_gflop(model: SparseRCNN, config: Config) -> float:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the seeds, AP in percent, and half of AP's range as `spread`.
+    """Means over the seeds, AP in percent, half of AP's range as `spread`, `last_quarter`.
 
     What is not defined is left out.
     """
@@ -400,7 +410,17 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     if len(results) > 1:
         precisions = [100 * result["AP"] for result in results]
         means["spread"] = (max(precisions) - min(precisions)) / 2
+    gains = [gain for result in results if (gain := gain_of_last_quarter(result)) is not None]
+    if gains:
+        means["last_quarter"] = 100 * statistics.fmean(gains)
     return {**means, "seeds": len(results)}
+
+
+def gain_of_last_quarter(result: dict[str, Any]) -> float | None:
+    """How much AP rose in the last quarter of the steps; None if it was not evaluated there."""
+    curve = dict(result.get("curve", ()))
+    start = 0.75 * result.get("steps", 0)
+    return curve[result["steps"]] - curve[start] if start in curve else None
 
 
 def table_rows(args: AblateArgs, table: Table) -> list[dict[str, Any]]:
@@ -438,6 +458,8 @@ def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
         columns["AP ±"] = "{spread:.1f}"
     if any(row["lr"] is not None for row in rows):
         columns["learning rate"] = "{lr:g}"
+    if any("last_quarter" in row for row in rows):
+        columns["gain in the last quarter"] = "{last_quarter:.1f}"
     columns["parameters"] = "{parameters:,.0f}"
     columns["GFLOP of the head"] = "{gflop_of_head:.3f}"
     columns["seeds"] = "{seeds:d}"

@@ -180,6 +180,11 @@ def stage_options(config: Config) -> dict[str, float]:
 # --- proposal boxes to start from: (N, 4), cx, cy, w, h in 0–1 ---
 
 
+def image_boxes(num_proposals: int) -> Tensor:
+    """Every box is the whole image, as `build_model` has it."""
+    return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(num_proposals, 1)
+
+
 def centre_boxes(num_proposals: int) -> Tensor:
     """All boxes at the centre, a tenth of the image wide and high."""
     return torch.tensor([0.5, 0.5, 0.1, 0.1]).repeat(num_proposals, 1)
@@ -206,14 +211,17 @@ def random_boxes(num_proposals: int) -> Tensor:
 # --- builders ---
 
 
-def with_stages(make_stage: Callable[[Config, int], nn.Module]) -> Build:
-    """Builds the model with other stages, starting from a grid.
+def with_stages(
+    make_stage: Callable[[Config, int], nn.Module],
+    make_boxes: Callable[[int], Tensor] = grid_boxes,
+) -> Build:
+    """Builds the model with other stages, by default starting from a grid.
 
     `make_stage` gets the config and the number of the stage, 0 … S − 1.
     """
 
     def build(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
-        model = with_boxes(grid_boxes)(config, pretrained_backbone)
+        model = with_boxes(make_boxes)(config, pretrained_backbone)
         model.head.stages = nn.ModuleList(
             make_stage(config, number) for number in range(config.num_stages)
         )
@@ -284,6 +292,8 @@ VARIANTS: dict[str, Variant] = {
     "attention": Variant(with_stages(_attention_stage), tuned_as="attention"),
     # Sparse R-CNN as it is: it starts from the whole image and has no positional encoding.
     "dynamic": Variant(),
+    # Not in the paper: the static head from the whole image.
+    "attention-image": Variant(with_stages(_attention_stage, image_boxes), tuned_as="attention"),
     # Not in the paper: wider generated convolutions, and the static head of the same size.
     "grid-D2": Variant(with_boxes(grid_boxes), times_dynamic=2),
     "grid-D4": Variant(with_boxes(grid_boxes), times_dynamic=4),

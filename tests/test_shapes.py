@@ -47,7 +47,7 @@ def scene(level: str, index: int) -> tuple[np.ndarray, list[str], np.ndarray, np
 def mask(box: np.ndarray, name: str) -> np.ndarray:
     """(H, W) bool: the pixels that an object changes by more than a tenth."""
     black, white = np.zeros((3, 96, 96), np.float32), np.full(3, 255, np.float32)
-    shapes.paint(black, box, name, white)
+    shapes.paint(black, box, shapes.SHAPES[name], white)
     return black[0] > 25.5
 
 
@@ -169,7 +169,7 @@ def test_shapes_cover_the_area_that_geometry_says(name: str) -> None:
     """Also with edges between the pixels: the mean coverage is the area."""
     box = np.array([10.3, 20.6, 53.7, 61.9], np.float32)
     black = np.zeros((3, 96, 96), np.float32)
-    shapes.paint(black, box, name, np.full(3, 200, np.float32))
+    shapes.paint(black, box, shapes.SHAPES[name], np.full(3, 200, np.float32))
     area_px = (box[2] - box[0]) * (box[3] - box[1])
     # The light falls off to the lower right. All shapes are symmetric from left to right, but most
     # of the triangle is in the lower half, where it is dimmer.
