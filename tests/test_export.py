@@ -328,15 +328,6 @@ def test_wrong_arguments_are_refused_before_anything_is_done(source: Path, tmp_p
     assert source.read_bytes() == before and not list(tmp_path.iterdir())
 
 
-def test_a_missing_checkpoint_ends_the_command_with_2(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.export",
-        str(tmp_path / "none.pt"),
-        str(tmp_path / "model.onnx"),
-    ]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr.startswith(f"tools.export: {tmp_path / 'none.pt'}: no such checkpoint")
-    assert len(failed.stderr.splitlines()) == 1
+def test_a_missing_checkpoint_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.pt: no such checkpoint"):
+        main([str(tmp_path / "none.pt"), str(tmp_path / "model.onnx")])
