@@ -269,7 +269,8 @@ def test_compiled_training_is_the_same_training(
     images, targets = (list(column) for column in zip(*(dataset[i] for i in range(4)), strict=True))
     steps = []
     for is_compiled in (False, True):
-        training = new_training(replace(tiny_config, compile=is_compiled), steps_per_epoch=3)
+        config = replace(tiny_config, num_stages=1, compile=is_compiled)
+        training = new_training(config, steps_per_epoch=3)
         assert (training.model.backbone._compiled_call_impl is not None) == is_compiled
         steps.append([take_step(training, images, targets, 9.0) for _ in range(3)])
     for expected, found in zip(*steps, strict=True):
