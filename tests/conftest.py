@@ -48,6 +48,15 @@ TINY = replace(
 )
 
 
+# The files with the longest tests, many of them several processes each. They go first, so that the
+# workers of pytest-xdist end together.
+LONGEST = ("test_train.py", "test_export.py", "test_readme.py", "test_reference.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     # Tiny models are faster with one thread, and then they are equal, to the last bit, to those of
