@@ -150,12 +150,20 @@ class Config(TrainingConfig, LossConfig, ModelConfig, DataConfig):
             is_fine = min(getattr(self, name), default=0) >= 1
             self._require(name, is_fine, "should hold at least one size of at least 1 pixel")
 
+        for name in ("class_weight", "l1_weight", "giou_weight", "focal_gamma", "weight_decay"):
+            is_fine = 0 <= getattr(self, name) < math.inf
+            self._require(name, is_fine, "should be a number of at least 0")
+
+        for name in ("color_jitter", "focal_alpha", "warmup_factor"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "should lie in 0 … 1")
+
+        are_shares = all(0 < milestone < 1 for milestone in self.milestones)
+        self._require("milestones", are_shares, "should be shares of the run, such as 0.75")
+
         low, high = self.crop_sizes
         self._require("crop_sizes", 1 <= low <= high, "should be two sizes, the smaller one first")
-        self._require("color_jitter", 0 <= self.color_jitter <= 1, "should lie in 0 … 1")
         self._require("prior_prob", 0 < self.prior_prob < 1, "should lie between 0 and 1")
         self._require("dropout", 0 <= self.dropout < 1, "should be at least 0 and less than 1")
-        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "should not be negative")
         self._require("seed", 0 <= self.seed < 2**63, "should be at least 0 and less than 2^63")
 
         is_multiple = self.hidden_dim % self.num_heads == 0

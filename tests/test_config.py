@@ -119,6 +119,18 @@ def test_dict_round_trip_also_through_json_lists() -> None:
         ({"dropout": 1.0}, ["dropout"]),
         ({"num_reg_layers": -1}, ["num_reg_layers"]),
         ({"lr": float("inf")}, ["lr"]),
+        ({"milestones": [27, 33]}, ["milestones=(27, 33)", "shares of the run, such as 0.75"]),
+        ({"milestones": [0.5, float("nan")]}, ["milestones"]),
+        *(
+            ({name: value}, [f"{name}={value}", "at least 0"])
+            for name in ("class_weight", "l1_weight", "giou_weight", "focal_gamma")
+            for value in (-1.0, float("nan"))
+        ),
+        *(
+            ({name: value}, [f"{name}={value}", "0 … 1"])
+            for name in ("focal_alpha", "warmup_factor")
+            for value in (-0.1, 1.1, float("nan"))
+        ),
     ],
 )
 def test_unknown_keys_wrong_types_and_senseless_values_are_errors(
