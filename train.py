@@ -150,7 +150,7 @@ def train(
                         values = train_step(training, batch)
                     training.bad_in_a_row = 0
                 except NotFinite as error:
-                    values = skip(training, batch.image_ids, error)
+                    values = skip(training, batch.image_ids, error, output / "last.pt")
                 training.step += 1  # after a skipped step too: the schedule counts batches
                 report.step(batch, values)
                 if batch.is_save_due:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.devices import pick_device
-from support.errors import NotFinite, UserError
+from support.errors import NotFinite, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def join_world(device_name: str) -> Iterator[World]:
         device_name: "auto" or torch's name; under torchrun "cuda" is this process's own GPU.
 
     Raises:
-        UserError: the device is not there, or another process has died.
+        UserError: the device is not there, the other processes are not, or one of them has died.
     """
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and device_name in ("auto", "cuda"):
         # Right away: even a look at GPU 0 would take memory there.
@@ -111,7 +111,13 @@ def join_world(device_name: str) -> Iterator[World]:
 
     # A process that waits longer than this for the others gives up: an error is better than a hang.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    except (ValueError, dist.DistError) as error:  # a variable is missing, or no number
+        raise UserError(
+            "RANK is set in the environment, but the processes of a run cannot be joined "
+            f"({first_line(error)}); start with torchrun, or unset RANK"
+        ) from None
     is_done = False
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())

@@ -53,30 +53,38 @@ def check_batch_norms(training: Training, batch_size: int) -> None:
         )
 
 
-def skip(training: Training, image_ids: list[int], error: NotFinite) -> dict[str, float]:
+def skip(
+    training: Training, image_ids: list[int], error: NotFinite, last_pt: Path | None = None
+) -> dict[str, float]:
     """Counts a skipped step: one bad batch should not cost a run. The authors' code ends the run.
 
     Args:
         training: counts the steps that were skipped in a row.
         image_ids: this process's images of the step.
         error: what happened.
+        last_pt: where the run is saved, now and then.
 
     Returns:
         The values for `Report.step`, in place of losses.
 
     Raises:
-        UserError: `max_bad_steps` steps in a row were skipped; names the images and what to try.
+        UserError: `max_bad_steps` steps in a row, or all of a shorter run, were skipped; names the
+            images and what to try.
     """
     training.bad_in_a_row += 1
-    if training.bad_in_a_row < training.config.max_bad_steps:
+    # A run without a single step that was taken has not trained: it must not end as a success.
+    if training.bad_in_a_row < min(training.config.max_bad_steps, training.total_steps):
         return {"bad_steps": 1.0}
 
     reports = training.world.gather((error.problem, image_ids))
     causes = [f"{problem} (image ids {ids})" for problem, ids in reports if problem]
     rate = training.optimizer.param_groups[0]["lr"]
+    # Also if it was written since: a skipped step changes no weight.
+    is_saved = last_pt is not None and last_pt.exists()
+    saved = f"{last_pt} has the weights from before them. " if is_saved else ""
     raise UserError(
         f"{training.bad_in_a_row} steps in a row were not finite: {'; '.join(causes)}. "
-        f"last.pt was written before them. Try a lower --lr (it was {rate:.2g} for batches of "
+        f"{saved}Try a lower --lr (it was {rate:.2g} for batches of "
         f"{training.config.batch_size}), --amp off or bf16 instead of fp16, and --check-data for "
         "the boxes"
     )
@@ -102,8 +110,9 @@ class Stopped(BaseException):
 class StopSignal:
     """Inside `with`, SIGTERM (pre-emption) and SIGINT (Ctrl-C) are noted instead of obeyed.
 
-    A second Ctrl-C is obeyed. After a stop both stay noted until the process ends, because torchrun
-    sends SIGTERM to all processes as soon as one of them has ended.
+    So is SIGHUP (the terminal was closed), unless it is ignored, as with `nohup`. A second Ctrl-C
+    is obeyed. After a stop all stay noted until the process ends, because torchrun sends SIGTERM to
+    all processes as soon as one of them has ended.
 
     Attributes:
         signal: the number of the signal that came, or None.
@@ -116,7 +125,11 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        # Windows has no SIGHUP.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._before[number] = signal.signal(number, self._note)
         return self
 

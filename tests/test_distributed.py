@@ -13,6 +13,7 @@ from two_processes import gradients
 
 from evaluate import evaluate
 from shapes import ShapesDataset
+from support.distributed import join_world
 from support.errors import UserError
 from support.faults import StopSignal
 from support.loader import GroupedBatches, Reseeded, make_loader
@@ -111,6 +112,39 @@ def test_a_signal_is_noted_and_a_second_interrupt_obeyed() -> None:
     with StopSignal():
         pass
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_closed_terminal_is_noted_unless_nohup_ignores_it(handler: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with StopSignal() as stop:
+            assert signal.getsignal(signal.SIGHUP) != signal.SIG_DFL  # which would end the tests
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == (None if handler == signal.SIG_IGN else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR"),
+        ({"RANK": "abc"}, "abc"),
+    ],
+)
+def test_variables_that_a_launcher_left_behind(
+    variables: dict[str, str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = f"RANK is set.*{problem}.*start with torchrun, or unset RANK"
+    with pytest.raises(UserError, match=words), join_world("cpu"):
+        pass
 
 
 @pytest.fixture(scope="module")
