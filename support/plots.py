@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from support.results import replacing
+
 # The colours of Okabe and Ito, the darker ones first: they stand out on white.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -17,7 +19,10 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
 
     Args:
         metrics_jsonl: written by `train.py`, one line per epoch.
-        output: the picture to write.
+        output: the picture to write, as PNG.
+
+    Raises:
+        OSError: it cannot be written; what was there is whole.
     """
     text = Path(metrics_jsonl).read_text(encoding="utf-8")
     epochs = [json.loads(line) for line in text.splitlines()]
@@ -38,7 +43,8 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     _plot(rate_axes, epochs, {"lr": "learning rate"})
     rate_axes.set(title="rate at the end of the epoch", ylabel="learning rate", ylim=(0, None))
 
-    figure.savefig(output, dpi=110)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _plot(

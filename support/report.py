@@ -1,9 +1,12 @@
 """What a run reports: a summary, a progress bar, a line per epoch, TensorBoard, curves."""
 
+import contextlib
+import errno
 import json
 import math
 import platform
 import subprocess
+import sys
 import time
 import warnings
 from dataclasses import fields
@@ -17,14 +20,16 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import PRESETS
+from config import PRESETS, Config
 from support.checkpoint import Training
 from support.errors import UserError
 from support.loader import Batch
 from support.plots import plot_curves
+from support.results import write_json
 
 LOSSES = ("loss", "loss_cls", "loss_l1", "loss_giou")
 LOCK_TIMEOUT_S = 10
+REPLACED = ("config.json", "metrics.jsonl", "curves.png", "best.pt")  # by a run that starts afresh
 PATHS = ("train_json", "train_images", "val_json", "val_images")
 
 
@@ -55,9 +60,17 @@ def prepare_output(folder: Path, resume: str | None) -> filelock.BaseFileLock:
         A lock that other runs find taken until this one has ended, however it ends.
 
     Raises:
-        UserError: another run is writing into the folder, or an earlier one is in it.
+        UserError: another run is writing into the folder, an earlier one is in it, or files of
+            another program that this run would replace.
         OSError: it cannot be written.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--output {str(folder)!r}: the name is not UTF-8, which TensorBoard cannot write to; "
+            "give another --output"
+        ) from None
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
@@ -67,13 +80,36 @@ def prepare_output(folder: Path, resume: str | None) -> filelock.BaseFileLock:
         raise UserError(
             f"{folder}: another run is writing to this folder; give another --output"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
+        warnings.warn(
+            f"{folder}: files on this disk cannot be locked ({error.strerror}); make sure that no "
+            "other run writes to the same --output",
+            stacklevel=2,
+        )
     goes_on = resume is not None and Path(resume).resolve().parent == folder.resolve()
     if (folder / "last.pt").exists() and not goes_on:
         raise UserError(
             f"{folder} holds another run (last.pt): continue it with --resume auto, or give "
             "another --output"
         )
+    found = [name for name in REPLACED if (folder / name).exists()]
+    if found and not goes_on and not _is_of_a_run(folder / "config.json"):
+        raise UserError(
+            f"{folder} holds files that are not from train.py ({', '.join(found)}) and would be "
+            "replaced; give another --output"
+        )
     return lock
+
+
+def _is_of_a_run(config_json: Path) -> bool:
+    """Whether it is the file that a run writes before all others."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # not JSON, no dict
+        values = json.loads(config_json.read_text(encoding="utf-8"))
+        Config.from_dict(values)
+        return "preset" in values  # a run writes every setting
+    return False
 
 
 def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
@@ -157,8 +193,7 @@ class Report:
         self.bar = tqdm(disable=True)
         if not self.is_main:
             return
-        config = json.dumps(training.config.to_dict(), indent=2)
-        (output / "config.json").write_text(config + "\n", encoding="utf-8")
+        write_json(output / "config.json", training.config.to_dict(), indent=2)
         self._forget_later_epochs()
         # Events after the checkpoint, from a run that was cut off, are hidden.
         self.board = SummaryWriter(str(output), purge_step=training.step)
@@ -194,12 +229,14 @@ class Report:
         training = self.training
         if training.steps_into_epoch == 0:
             training.sums.clear()
+        # None: only on a terminal. Standard error itself is None if it is closed.
+        is_hidden = None if self.is_main and sys.stderr else True
         self.bar = tqdm(
             total=training.steps_per_epoch,
             initial=training.steps_into_epoch,
             desc=f"epoch {training.epoch + 1}/{training.config.epochs}",
             unit="step",
-            disable=None if self.is_main else True,  # None: only on a terminal
+            disable=is_hidden,
         )
 
     def step(self, batch: Batch, values: dict[str, float]) -> None:
@@ -275,7 +312,10 @@ class Report:
             f"{line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} of the time "
             f"waiting for data{skipped}"
         )
-        plot_curves(self.lines, self.output / "curves.png")
+        try:
+            plot_curves(self.lines, self.output / "curves.png")
+        except OSError as error:  # no reason to end a run
+            warnings.warn(f"the curves could not be drawn: {error}", stacklevel=2)
 
     def _epoch_line(self, metrics: dict[str, Any]) -> dict[str, Any]:
         means = dict(self.training.sums)

@@ -1,5 +1,6 @@
 """train.py as people use it: command line, output, resuming, faults, precision, fine-tuning."""
 
+import errno
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT, TINY, new_training, reference_weights, take_step, torchrun
+from matplotlib.figure import Figure
 
 import train
 from config import PRESETS, Config
@@ -26,7 +28,8 @@ from model import SparseRCNN, build_model
 from shapes import ShapesDataset
 from support import report
 from support.checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
-from support.errors import UserError
+from support.errors import NotFinite, UserError
+from support.faults import skip
 from train import learning_rate, main, train_step
 
 TRAIN = str(ROOT / "train.py")
@@ -175,6 +178,70 @@ def test_an_output_folder_that_cannot_be_written_or_is_taken(
     with pytest.raises(UserError, match="--resume auto"):
         main([*tiny_flags, "--output", str(tmp_path)])
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"lr": 0.1}'),
+        ("config.json", '{"preset": "fast", "threads": 3}'),
+        ("config.json", "[1, 2]"),
+        ("metrics.jsonl", '{"step": 1}'),
+        ("curves.png", "a picture"),
+        ("best.pt", "weights"),
+    ],
+)
+def test_files_of_another_program_are_not_replaced(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"not from train.py \({name}\).*another --output"):
+        report.prepare_output(tmp_path, None)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_may_start_afresh(
+    tmp_path: Path,
+) -> None:
+    with report.Report(tmp_path, new_training(TINY)):
+        pass
+    assert {"config.json", "metrics.jsonl"} <= set(os.listdir(tmp_path))
+    report.prepare_output(tmp_path, None).release()
+
+
+def test_an_output_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "Bilder_\udce9"  # as Python reads the byte E9
+    with pytest.raises(UserError, match="--output .*udce9.*not UTF-8"):
+        report.prepare_output(folder, None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_a_warning(number: int, tmp_path: Path, monkeypatch) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match=f"cannot be locked .{os.strerror(number)}"):
+        report.prepare_output(tmp_path, None).release()
+
+
+def test_progress_without_standard_error(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it after 2>&-
+    with report.Report(tmp_path, new_training(TINY)) as run:
+        run.start_epoch()
+
+
+def test_curves_that_cannot_be_written_do_not_end_a_run(tmp_path: Path, monkeypatch) -> None:
+    def full(figure: Figure, path: Path, **_: object) -> None:
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "curves.png").write_text("yesterday's")
+    monkeypatch.setattr(Figure, "savefig", full)
+    with (
+        report.Report(tmp_path, new_training(TINY)) as run,
+        pytest.warns(UserWarning, match="curves could not be drawn.*No space.*curves.png"),
+    ):
+        run.end_epoch({})
+    assert (tmp_path / "curves.png").read_text() == "yesterday's"
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_mistakes_in_data(make_coco, tiny_flags: list[str], tmp_path: Path) -> None:
@@ -600,13 +667,26 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
 
     monkeypatch.setattr(train, "train_step", poison)
     flags = [*module_flags, "--checkpoint-minutes", "0", "--output", str(tmp_path)]
-    with pytest.raises(UserError, match=r"2 steps in a row.*image ids \[\d+, .*--lr.*--amp"):
+    with pytest.raises(UserError, match=r"2 steps in a row.*\[\d+, .*/last\.pt has.*--lr.*--amp"):
         main([*flags, "--max-bad-steps", "2"])
     (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["bad_steps"] == 1 and np.isfinite(line["loss"])
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert checkpoint["step"] == 5 and checkpoint["bad_in_a_row"] == 1
     assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
+
+
+def test_a_run_whose_steps_were_all_skipped_is_no_success(tmp_path: Path) -> None:
+    """And its message names last.pt only if there is one."""
+    training, last_pt = new_training(TINY, steps_per_epoch=2), tmp_path / "last.pt"
+    problem = NotFinite("nothing is finite")
+    assert skip(training, [7], problem, last_pt) == {"bad_steps": 1.0}
+    with pytest.raises(UserError, match=r"^2 steps in a row .*\[7\]") as error:
+        skip(training, [7], problem, last_pt)
+    assert "last.pt" not in str(error.value)
+    last_pt.touch()
+    with pytest.raises(UserError, match=r"last\.pt has the weights from before them"):
+        skip(training, [7], problem, last_pt)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
