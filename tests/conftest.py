@@ -73,6 +73,8 @@ def _usual_signals() -> Iterator[None]:
     A shell that starts the tests in the background ignores SIGINT, and processes inherit that.
     """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):
+        usual[signal.SIGHUP] = signal.SIG_DFL
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, handler in before.items():
