@@ -548,10 +548,11 @@ def check_output(output: Path, files: Sequence[Path], with_stages: bool) -> None
     Raises:
         UserError: names it.
     """
-    inputs = {file.resolve() for file in files}
+    # Path.resolve would raise an error on links in a circle.
+    inputs = {os.path.realpath(file) for file in files}
     for folder in (output, output / "stages") if with_stages else (output,):
         for name in output_names(files):
-            if (folder / f"{name}.png").resolve() in inputs:
+            if os.path.realpath(folder / f"{name}.png") in inputs:
                 raise UserError(
                     f"--output {output}: {name}.png there is one of the inputs; choose another "
                     "folder"

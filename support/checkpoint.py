@@ -35,7 +35,12 @@ from support.convert import as_checkpoint, convert_checkpoint
 from support.distributed import ParallelModel, World
 from support.errors import UserError, first_line
 
-_KEYS = ("model", "config", "class_names", "category_ids")
+_KEYS = {
+    "model": dict,
+    "config": dict,
+    "class_names": (list, tuple),
+    "category_ids": (list, tuple),
+}
 _TRAINING_KEYS = (
     "optimizer",
     "schedule",
@@ -157,7 +162,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 'checkpoint of MMDetection, save the "state_dict" alone'
             ) from None
         raise UserError(f"{path}: cannot be read as a checkpoint ({_damage(path)})") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError):
+    except MemoryError:
+        raise
+    # On files of another kind torch raises IndexError, TypeError, AssertionError and others.
+    except Exception:
         raise UserError(f"{path}: cannot be read as a checkpoint ({_damage(path)})") from None
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
@@ -180,7 +188,10 @@ def _damage(path: str | Path) -> str:
             "checkpoint"
         )
     if start.startswith(b"PK"):
-        return "the file is cut off or damaged; replace the file, or take an earlier checkpoint"
+        return (
+            "the file is cut off or damaged, or another kind of archive; replace the file, or take "
+            "an earlier checkpoint"
+        )
     return "it was not written by torch.save; replace the file, or check its name"
 
 
@@ -188,29 +199,76 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project; one of the authors' code or of MMDetection is converted.
 
     Raises:
-        UserError: as `read_checkpoint`, or it is a checkpoint of something else.
+        UserError: as `read_checkpoint`, or it is a checkpoint of something else, or its parts do
+            not go together.
     """
     checkpoint = read_checkpoint(path)
     missing = [key for key in _KEYS if key not in checkpoint]
     if missing and "config" in checkpoint:
         names = ", ".join(missing)
         raise UserError(f"{path}: not a whole checkpoint of this project, it lacks {names}")
-    if not missing:
-        return checkpoint
+    if missing:
+        try:
+            return as_checkpoint(checkpoint)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    _check_types(checkpoint, path)
     try:
-        return as_checkpoint(checkpoint)
+        num_classes = Config.from_dict(checkpoint["config"]).num_classes
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(
+            f"{path}: {error}; if a newer version wrote the file, read it with that"
+        ) from None
+    for key in ("class_names", "category_ids"):
+        if len(checkpoint[key]) != num_classes:
+            raise UserError(
+                f"{path}: has {len(checkpoint[key])} {key} for a model of {num_classes} classes; "
+                "correct the file, or take an earlier checkpoint"
+            )
+    return checkpoint
+
+
+def _check_types(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Checks the parts of a checkpoint of ours that every model needs.
+
+    Raises:
+        UserError: names those of the wrong type.
+    """
+    wrong = [key for key, types in _KEYS.items() if not isinstance(checkpoint[key], types)]
+    if not wrong:
+        tensors, names = checkpoint["model"].values(), checkpoint["class_names"]
+        wrong += ["model"] * (not all(isinstance(value, Tensor) for value in tensors))
+        wrong += ["class_names"] * (not all(isinstance(name, str) for name in names))
+    if wrong:
+        raise UserError(
+            f"{path}: not a sound checkpoint of this project, the wrong type of value is in "
+            f"{' and '.join(wrong)}; take an earlier checkpoint"
+        )
 
 
 # --- models ---
+
+
+def _require_finite(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuses weights with which a model would silently find nothing.
+
+    Raises:
+        UserError: names the tensors that hold NaN or infinity.
+    """
+    if wrong := [key for key, value in state_dict.items() if not value.isfinite().all()]:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UserError(
+            f"{path}: holds values that are not finite: {', '.join(wrong[:6])}{more}; take an "
+            "earlier checkpoint"
+        )
 
 
 def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     """`load_state_dict`, with a message that lists which keys and shapes do not fit.
 
     Raises:
-        UserError: the tensors are not exactly those of the model.
+        UserError: the tensors are not exactly those of the model, or not finite.
     """
     wanted = model.state_dict()
     other_shapes = [
@@ -231,6 +289,7 @@ def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str 
             reasons.append(f"{title}: {', '.join(keys[:6])}{more}")
     if reasons:
         raise UserError(f"{path}: does not fit the model; {'; '.join(reasons)}")
+    _require_finite(state_dict, path)
     model.load_state_dict(state_dict)
 
 
@@ -247,10 +306,12 @@ def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str
         Lines that say what was taken over and what was not.
 
     Raises:
-        UserError: as `read_checkpoint`, or nothing fits.
+        UserError: as `read_checkpoint`, or nothing fits, or what fits is not finite.
     """
     checkpoint = read_checkpoint(path)
     is_ours = all(key in checkpoint for key in _KEYS)
+    if is_ours:
+        _check_types(checkpoint, path)
     theirs = checkpoint["model"] if is_ours else convert_checkpoint(checkpoint)
     has_other_classes = is_ours and list(checkpoint["class_names"]) != list(class_names)
 
@@ -264,6 +325,7 @@ def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str
         raise UserError(
             f"{path}: none of its {len(theirs)} tensors fits the model; is it of another --preset?"
         )
+    _require_finite(fitting, path)
     model.load_state_dict(fitting, strict=False)
 
     unfit = [key for key in wanted if key in theirs and key not in fitting]

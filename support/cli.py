@@ -141,6 +141,14 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped by Ctrl-C", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        # On the CPU torch has no error of its own for this.
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            print(
+                f"{prog}: the memory is full; take a smaller --max-size or --batch-size, or fewer "
+                "--workers",
+                file=sys.stderr,
+            )
+            return 2
         traceback.print_exc()
         return BUG_EXIT_CODE

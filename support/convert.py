@@ -129,12 +129,12 @@ def convert_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             state_dict = state_dict[wrapper]
 
     # Frozen norms do not count batches; DistributedDataParallel puts "module." before every name.
-    counted = [key for key in state_dict if not key.endswith("num_batches_tracked")]
-    renamed = {key: rename(key.removeprefix("module.")) for key in counted}
+    counted = [key for key in state_dict if not str(key).endswith("num_batches_tracked")]
+    renamed = {key: rename(str(key).removeprefix("module.")) for key in counted}
     if unknown := [key for key, ours in renamed.items() if ours is None]:
         raise UserError(
             f"convert: {len(unknown)} names are neither the authors' nor MMDetection's Sparse "
-            f"R-CNN: {', '.join(unknown[:10])}"
+            f"R-CNN: {', '.join(map(str, unknown[:10]))}"
         )
     converted = {ours: state_dict[key] for key, ours in renamed.items() if ours is not None}
     if len(converted) < len(renamed):

@@ -11,7 +11,7 @@ from support.pictures import readable_suffixes
 
 
 def check_exists(text: str) -> None:
-    """Refuses an input that is neither a file nor a folder.
+    """Refuses an input that is neither a file (or a pipe) nor a folder.
 
     Raises:
         UserError: says what it is instead, if that can be seen.
@@ -20,8 +20,11 @@ def check_exists(text: str) -> None:
         raise UserError("one of the inputs is an empty text; give images or folders")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise UserError(f"{text}: this is a URL; download the image and give the file")
-    if not Path(text).exists():
+    path = Path(text)
+    if not path.exists():
         raise UserError(f"{text}: no such file or folder")
+    if path.is_block_device() or path.is_char_device():  # /dev/zero never ends
+        raise UserError(f"{text}: this is a device; give images or folders")
 
 
 def list_images(inputs: Sequence[str]) -> tuple[list[Path], Counter[str]]:

@@ -8,11 +8,13 @@ one image's result, and no file is touched before everything that goes into it h
 import contextlib
 import errno
 import json
+import math
 import os
 import signal
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -41,11 +43,13 @@ class Failure:
         """The failure that an exception stands for."""
         if isinstance(error, UserError):
             return cls(str(error), "")
+        if isinstance(error, OSError) and error.filename is not None:  # of the system, not a bug
+            return cls(f"{error.filename}: {error.strerror}", "")
         trace = "".join(traceback.format_exception(error))
         return cls(f"{type(error).__name__}: {first_line(error)}", trace)
 
     def about(self, name: object) -> str:
-        """The reason, with what it is about if it does not say so; a `UserError` does."""
+        """The reason; behind `name` if it is a bug's, which does not say what it is about."""
         return f"{name}: {self.reason}" if self.trace else self.reason
 
 
@@ -229,6 +233,13 @@ class JsonList:
         self.end += self._write((",\n" if self.end else "[\n") + line)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A signal would leave the records under the temporary name. All that it could spare the
+        # user is this moment.
+        with _handled_by(lambda *_: None, _STOP_SIGNALS):
+            self._close(is_kept=self.end > 0 or kind is None)
+
+    def _close(self, is_kept: bool) -> None:
+        """Ends the list, and gives the file its name or removes it."""
         try:
             self._write("\n]\n" if self.end else "[]\n")
             os.fsync(self.file.fileno())
@@ -239,7 +250,7 @@ class JsonList:
             ) from None
         finally:
             self.file.close()
-        if self.end or kind is None:
+        if is_kept:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink()
@@ -283,29 +294,46 @@ def _encode(json_text: str) -> bytes:
 
 # --- signals ---
 
+# They ask a process to end: from Ctrl-C; from a scheduler, `timeout` or `docker stop`; and from a
+# terminal that is closed, which Windows does not have.
+_STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+_SAME_REQUEST_S = 1.0  # signals that come this soon after the first ask for the same
+
 
 @contextlib.contextmanager
 def signals_like_ctrl_c() -> Iterator[None]:
-    """Inside, other signals that ask a process to end raise KeyboardInterrupt, as Ctrl-C does.
+    """Inside, all signals that ask a process to end raise KeyboardInterrupt, as Ctrl-C does.
 
-    These are SIGTERM (from a scheduler, `timeout` or `docker stop`) and SIGHUP (when the terminal
-    is closed), unless they are handled or ignored already, as with `nohup`.
+    Those that are handled or ignored already stay so, as SIGHUP does with `nohup`. Of several at a
+    time only the first counts: the others would interrupt what the KeyboardInterrupt sets off.
     """
+    stopped = -math.inf
 
     def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
+        nonlocal stopped
+        if time.monotonic() - stopped > _SAME_REQUEST_S:
+            stopped = time.monotonic()
+            raise KeyboardInterrupt(number)
 
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    with _handled_by(stop, [n for n in _STOP_SIGNALS if signal.getsignal(n) in usual]):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> Iterator[None]:
+    """Inside, these signals go to a handler."""
     before = {}
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            with contextlib.suppress(ValueError):  # only the main thread may
-                before[number] = signal.signal(number, stop)
     try:
+        for number in numbers:
+            with contextlib.suppress(ValueError):  # only the main thread may
+                before[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def signal_of(stop: KeyboardInterrupt) -> signal.Signals:

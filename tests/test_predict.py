@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from model import SparseRCNN
 from predict import ImageFiles, Predictor, main, output_names
 from shapes import ShapesDataset
 from support.checkpoint import load_checkpoint, load_model, save_checkpoint
+from support.cli import run_main
 from support.errors import UserError
 from support.pictures import to_image
 from tools import export
@@ -310,6 +312,7 @@ def test_wrong_arguments(shape: Image.Image, tmp_path: Path) -> None:
         (tmp_path / "empty",): "no images in this folder",
         (): "give images",
         ("",): "empty text",
+        ("/dev/zero",): "/dev/zero: this is a device",
         ("https://example.org/bus.jpg",): "https://example.org/bus.jpg: this is a URL; download",
         (tmp_path / "a.png", "--score-threshold", "2"): "0 … 1",
         (tmp_path / "a.png", "--batch-size", "0"): "--batch-size",
@@ -495,6 +498,47 @@ def test_an_image_that_the_model_fails_on_does_not_take_its_batch_with_it(
     assert run(folder, "--output", tmp_path / "out", "--batch-size", "4") == 1
     assert stems(read_records(tmp_path / "out")) == "abde"
     assert "c.png: RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_every_image_is_a_mistake_of_the_user(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(RuntimeError, match="memory") as full:
+        torch.empty(2**60)
+    monkeypatch.setattr(SparseRCNN, "forward", Mock(side_effect=full.value))
+    assert run_main(lambda: run(folder, "--output", tmp_path / "out"), "predict.py") == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("predict.py: the memory is full; take a smaller --max-size")
+
+
+@pytest.mark.parametrize("name", ["folder", "loop", "long", "equal"])
+def test_a_picture_that_cannot_have_its_name_is_skipped(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Alone too, where a bug would be raised."""
+    output, file = tmp_path / "out", folder / "a.png"
+    output.mkdir()
+    inputs = [file]
+    if name == "folder":
+        (output / "a.png").mkdir()
+    elif name == "loop":  # the link is replaced
+        (output / "a.png").symlink_to("a.png")
+    elif name == "long":  # 253 letters without a suffix; with .png they are 257
+        inputs = [file.rename(folder / ("a" * 253))]
+    elif name == "equal":  # the second one is to be called …_2.png
+        inputs = [file.rename(folder / ("a" * 251)), folder / ("a" * 251 + ".bmp")]
+        Image.open(inputs[0]).save(inputs[1])
+    status = run(*inputs, "--output", output)
+    assert status == int(name != "loop")
+    assert len(read_records(output)) == len(inputs) - status
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == status and ("a.png: Is a dir" in printed) == (name == "folder")
+
+
+def test_an_output_that_links_to_itself_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OSError, match="out"):
+        run(folder, "--output", tmp_path / "out")
 
 
 def test_a_bug_that_every_image_meets_is_raised(

@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from support import results
 from support.errors import UserError
 from support.results import (
     Failure,
@@ -57,6 +59,19 @@ def test_a_bug_is_raised_with_its_trace_and_a_broken_file_is_not() -> None:
     [failure] = attempt(inverse, [0])
     with pytest.raises(RuntimeError, match=r"(?s)all 2 images failed.*in inverse"):
         raise_bug([Failure("broken", ""), failure])
+
+
+def test_an_error_of_the_system_is_no_bug_and_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+
+    def write(items: list[int]) -> list[None]:
+        with replacing(tmp_path / "a.png") as temporary:
+            temporary.write_text("")
+        return [None for _ in items]
+
+    [failure] = attempt(write, [0])
+    assert failure.about("image") == f"{tmp_path / 'a.png'}: Is a directory"
+    raise_bug([failure])
 
 
 class Numbered(Dataset):
@@ -255,6 +270,53 @@ def test_other_signals_stop_like_ctrl_c_inside_and_as_before_outside() -> None:
             signal.raise_signal(number)
         assert signal_of(caught.value) == number
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def at_the_same_time() -> None:
+    """Python learns of both before it runs a handler."""
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def one_after_the_other() -> None:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stop", [at_the_same_time, one_after_the_other])
+def test_of_several_signals_only_the_first_counts(stop: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    with pytest.raises(KeyboardInterrupt) as caught, signals_like_ctrl_c(), JsonList(path) as list_:
+        list_.append({"number": 0})
+        stop()
+    assert caught.value.__context__ is None
+    assert json.loads(path.read_text()) == [{"number": 0}]
+    assert os.listdir(tmp_path) == ["list.json"]
+
+
+def test_a_later_signal_counts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "_SAME_REQUEST_S", 0.0)
+    with signals_like_ctrl_c():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_list_is_closed_does_not_lose_it(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list.json"
+    monkeypatch.setattr(os, "fsync", lambda _: signal.raise_signal(number))
+    with signals_like_ctrl_c(), JsonList(path) as records:
+        records.append({"number": 0})
+    assert json.loads(path.read_text()) == [{"number": 0}]
+    assert os.listdir(tmp_path) == ["list.json"]
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
