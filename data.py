@@ -19,6 +19,7 @@ Shapes: M objects of an image, T objects of all images, K classes.
 import contextlib
 import io
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ from support.annotations import (
     own_classes,
     read_json,
     warn_of_box_form,
+    warn_of_copies,
     without_gc,
 )
 from support.errors import UserError
@@ -171,6 +173,9 @@ class CocoDataset(Dataset):
         kept = kept[~(is_crowd | is_left_out)[kept]]
         self._boxes = xyxy[kept]
         self._labels = labels[kept]
+        owners = rows[kept] * len(self.class_names) + self._labels
+        ids = np.array([annotation["id"] for annotation in annotations])
+        warn_of_copies(self.json_file, owners, self._boxes, ids[kept])
         self.objects_per_image = np.bincount(rows[kept], minlength=len(self))
         self._ends = np.cumsum(self.objects_per_image)
         self.num_crowds = int(is_crowd.sum())
@@ -473,7 +478,8 @@ def check_data(
 
     # In random order, so that the limit leaves a sample of all images.
     share = np.random.default_rng(0).permutation(len(dataset))[rank::world_size].tolist()
-    is_hidden = None if rank == 0 else True  # None: shown on a terminal
+    # None: only on a terminal. Standard error itself is None if it is closed.
+    is_hidden = None if rank == 0 and sys.stderr else True
     bar = tqdm(total=len(share), desc="check data", unit="image", leave=False, disable=is_hidden)
     num_checked = 0
     problems: dict[int, str] = {}

@@ -185,6 +185,13 @@ def own_classes(file: str, tables: Tables) -> Classes:
     uses = _count_uses(tables)
     categories, notes = _usable_categories(file, tables, uses)
     names = [category["name"] for category in categories]
+    spellings = Counter(tuple(_without_case(name)) for name in names)
+    alike = [name for name in names if spellings[tuple(_without_case(name))] > 1]
+    if alike:
+        notes.append(
+            f"{file}: the classes {_first(alike)} differ only in case or spaces; rename them if "
+            "they are meant to be the same"
+        )
     unused = [category["name"] for category in categories if not uses[category["id"]]]
     if 0 < len(unused) < len(names):
         notes.append(
@@ -376,6 +383,33 @@ def warn_of_box_form(file: str, boxes: np.ndarray, whwh_px: np.ndarray) -> None:
         _warn(
             f"{file}: {count} leave their images; check that the boxes are x, y, width, height in "
             "pixels, and that the images were not resized after they were annotated"
+        )
+
+
+def warn_of_copies(file: str, owners: np.ndarray, boxes: np.ndarray, ids: np.ndarray) -> None:
+    """Warns of objects that are annotated more than once.
+
+    The matcher would give each copy a proposal of its own, and the model would learn to find
+    everything twice: there is no NMS that removes the second one.
+
+    Args:
+        file: their file, for the message.
+        owners: (T,) int64, equal for boxes of the same image and class.
+        boxes: (T, 4) float32, contiguous.
+        ids: (T,), of the annotations.
+    """
+    # Copies come next to each other. To sort one key takes a fraction of the time that sorting by
+    # all columns does; objects that merely share the key are told apart below.
+    halves = boxes.view(np.int64)  # (T, 2), two float32 in each
+    keys = (owners * 1_000_003 + halves[:, 0]) * 1_000_003 + halves[:, 1]  # overflows wrap around
+    order = np.argsort(keys, kind="stable")
+    halves, owners = halves[order], owners[order]
+    is_copy = (halves[1:] == halves[:-1]).all(axis=1) & (owners[1:] == owners[:-1])  # (T - 1,)
+    if is_copy.any():
+        first = ", ".join(map(str, np.sort(ids[order[1:][is_copy]])[:5]))
+        _warn(
+            f"{file}: {is_copy.sum()} annotations have the image, class and box of another one "
+            f"(first ids: {first}); the model would learn to find such objects twice: remove them"
         )
 
 

@@ -52,7 +52,7 @@ def find_files(folder: str, names: Sequence[str], listed_in: str) -> tuple[list[
             f"{folder}: {len(missing)} of the {len(names)} image files listed in {listed_in} are "
             f"missing, the first is {first}; {_advice(folder, missing[0])}"
         )
-    _warn_of_repeated(found, listed_in)
+    _warn_of_repeated(folder, found, listed_in)
     if not respelled:
         return found, []
     listed, similar = respelled[0]
@@ -63,13 +63,16 @@ def find_files(folder: str, names: Sequence[str], listed_in: str) -> tuple[list[
     ]
 
 
-def _warn_of_repeated(names: list[str], listed_in: str) -> None:
+def _warn_of_repeated(folder: str, names: list[str], listed_in: str) -> None:
     """An image that is listed twice is trained on twice, each time with only some of its boxes."""
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+    folder = os.path.abspath(folder)
+    # 1.jpg, ./1.jpg and ../images/1.jpg are one file.
+    paths = Counter(os.path.normpath(os.path.join(folder, name)) for name in names)
+    repeated = [path for path, count in paths.items() if count > 1]
     if repeated:
         warnings.warn(
             f"{listed_in}: lists {len(repeated)} image files more than once, such as "
-            f"{repeated[0]}; give all boxes of a file to one image record",
+            f"{os.path.relpath(repeated[0], folder)}; give all boxes of a file to one image record",
             stacklevel=3,
         )
 

@@ -187,6 +187,17 @@ def test_a_name_that_two_categories_with_annotations_share_is_refused(tmp_path: 
         own_classes(*tables(tmp_path, raw))
 
 
+def test_names_that_differ_only_in_case_or_spaces_give_a_note(tmp_path: Path) -> None:
+    raw = valid()
+    raw["categories"] += [{"id": 2000, "name": "Owl"}, {"id": 3000, "name": "owl "}]
+    raw["annotations"][0]["category_id"] = 2000
+    raw["annotations"][1]["category_id"] = 3000
+    classes = own_classes(*tables(tmp_path, raw))
+    assert classes.names == ("cat", "bee", "owl", "Owl", "owl ")
+    note = "labels.json: the classes 'owl', 'Owl', 'owl ' differ only in case or spaces; rename"
+    assert note in classes.notes[0]
+
+
 @pytest.mark.parametrize("unused", [0, 2000])
 def test_a_category_without_annotations_yields_to_one_of_the_same_name(
     tmp_path: Path, unused: int
@@ -373,10 +384,12 @@ def test_a_folder_that_does_not_exist(folder: Path) -> None:
         find_files(str(folder / "nofolder"), ["a.png"], "labels.json")
 
 
-def test_files_that_are_listed_twice_give_a_warning(folder: Path) -> None:
+@pytest.mark.parametrize("spelling", ["a.jpg", "A.jpg", "./a.jpg", "../images/a.jpg", "/"])
+def test_files_that_are_listed_twice_give_a_warning(folder: Path, spelling: str) -> None:
     make(folder, "a.jpg", "b.jpg")
+    names = ["a.jpg", "b.jpg", str(folder / "a.jpg") if spelling == "/" else spelling]
     with pytest.warns(UserWarning, match=r"labels\.json: lists 1 image files more .* a\.jpg"):
-        find_files(str(folder), ["a.jpg", "b.jpg", "A.jpg"], "labels.json")
+        find_files(str(folder), names, "labels.json")
 
 
 # --- boxes ---
@@ -454,6 +467,22 @@ def test_ordinary_boxes_give_no_warning(make_coco, seed: int, overshoot_px: floa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CocoDataset(*make_coco(num_images=50, edit=edit, size=(640, 480)))
+
+
+def test_copies_of_annotations_are_counted_and_named(make_coco) -> None:
+    """Of two equal boxes in one image, of other classes or in other images only one is a copy."""
+
+    def edit(coco: Raw) -> None:
+        box = {"image_id": 2, "category_id": 7, "bbox": [1.5, 2, 30, 20]}
+        other = {**box, "bbox": [1.5, 2, 30, 21]}
+        variants = ({}, {}, {"category_id": -3}, {"image_id": 1}, {"iscrowd": 1}, {})
+        rows = [{**box, **variant} for variant in variants] + [other]
+        coco["annotations"] = [{"id": 40 + i, **row} for i, row in enumerate(rows)]
+
+    words = r"train\.json: 2 annotations have the image, class and box of .*first ids: 41, 45\)"
+    with pytest.warns(UserWarning, match=words) as caught:
+        CocoDataset(*make_coco(edit=edit))
+    assert len(caught) == 1
 
 
 # --- crowds and areas ---
