@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -362,10 +363,19 @@ def workers_that_fit(workers: int, batch_bytes: int) -> int:
         workers: of this process.
         batch_bytes: the most that a batch takes.
     """
-    if workers == 0 or not os.path.isdir("/dev/shm"):
-        return workers
-    # The processes of torchrun share it. A tenth is left for others.
-    free = 0.9 * shutil.disk_usage("/dev/shm").free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if workers == 0:
+        return 0
+    if not os.path.isdir("/dev/shm"):
+        if sys.platform != "linux":  # macOS and Windows have other ways
+            return workers
+        warnings.warn(
+            "there is no /dev/shm, which workers need: going on with --workers 0", stacklevel=2
+        )
+        return 0
+    # The processes of torchrun share it, and it tells their number. A tenth is left for others.
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    processes = max(1, int(told)) if told.isdecimal() else 1
+    free = 0.9 * shutil.disk_usage("/dev/shm").free / processes
     fitting = min(workers, int(free // max(1, PREFETCHED_BATCHES * batch_bytes)))
     if fitting < workers:
         warnings.warn(

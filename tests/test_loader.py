@@ -79,6 +79,25 @@ def test_fewer_workers_where_shared_memory_is_small(monkeypatch: pytest.MonkeyPa
         assert workers_that_fit(2, batch_bytes=7_000_000) == 1
 
 
+@pytest.mark.parametrize("text", ["0", "", "two", "-1"])
+def test_a_number_of_processes_that_is_none_is_one(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+    monkeypatch.setattr(loader.os.path, "isdir", lambda path: path == "/dev/shm")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64_000_000))
+    assert workers_that_fit(2, batch_bytes=7_000_000) == 2
+
+
+def test_linux_without_shared_memory_has_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.os.path, "isdir", lambda path: False)
+    monkeypatch.setattr(loader.sys, "platform", "linux")
+    with pytest.warns(UserWarning, match="no /dev/shm.*--workers 0"):
+        assert workers_that_fit(2, batch_bytes=1) == 0
+    monkeypatch.setattr(loader.sys, "platform", "darwin")
+    assert workers_that_fit(2, batch_bytes=1) == 2
+
+
 def test_a_batch_that_does_not_fit_into_shared_memory_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
