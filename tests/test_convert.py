@@ -1,5 +1,6 @@
 """tools/convert.py: the shapes of the tensors tell the config, and what does not fit is named."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,18 +129,23 @@ def test_weights_of_the_authors_and_of_mmdetection_are_loaded_as_they_are(
         load_model(tmp_path / "left_over.pth")
 
 
-def test_a_file_can_be_halved_in_place_and_survives_a_mistake(tmp_path: Path) -> None:
+def test_a_mistake_leaves_the_source_as_it_was(tmp_path: Path) -> None:
+    """Not even with --half is a file replaced by one without its training state."""
     path = tmp_path / "last.pt"
     contents = {"model": build_model(TINY).state_dict(), "config": TINY.to_dict()}
     contents |= {"class_names": list("abc"), "category_ids": [1, 2, 3]}
-    save_checkpoint(path, contents)
-    size = path.stat().st_size
-    main([str(path), str(path), "--half"])
-    assert path.stat().st_size < 0.7 * size
+    save_checkpoint(path, {**contents, "optimizer": {}, "step": 3})
+    (tmp_path / "link.pt").symlink_to(path)
     before = path.read_bytes()
-    with pytest.raises(OSError, match=r"no/out\.pt"):
-        main([str(path), str(tmp_path / "no" / "out.pt")])
-    assert path.read_bytes() == before
+    for output, error, words in (
+        (path, UserError, r"last\.pt: would replace its own source"),
+        (tmp_path / "link.pt", UserError, r"link\.pt: would replace its own source"),
+        (tmp_path, UserError, "this is a folder; give the file"),
+        (tmp_path / "no" / "out.pt", OSError, r"no/out\.pt"),
+    ):
+        with pytest.raises(error, match=words):
+            main([str(path), str(output), "--half"])
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["last.pt", "link.pt"]
 
 
 def test_half_precision_halves_a_file_and_leaves_out_the_training_state(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """tools/export.py: the file gives what PyTorch gives at any size, and the check can fail."""
 
+import errno
 import json
 import os
 import shutil
@@ -313,7 +314,13 @@ def test_the_comparison_finds_what_is_missing_doubled_or_unsorted(
     assert problem in compare({key: value[rows] for key, value in found.items()}, *rest).problem
 
 
-def test_wrong_arguments_are_refused_before_anything_is_done(source: Path, tmp_path: Path) -> None:
+def refuse(*_: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_wrong_arguments_are_refused_before_anything_is_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = source.read_bytes()
     for arguments, message in (
         ([source, source], r"should end in \.onnx"),
@@ -322,6 +329,11 @@ def test_wrong_arguments_are_refused_before_anything_is_done(source: Path, tmp_p
     ):
         with pytest.raises(UserError, match=message):
             main([str(argument) for argument in arguments])
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "load_model", lambda *_: pytest.fail("work was begun"))
+        patch.setattr(Path, "touch", refuse)  # root may write anywhere
+        with pytest.raises(PermissionError, match=tmp_path.name):
+            main([str(source), str(tmp_path / "model.onnx")])
     with pytest.raises(SystemExit) as stopped:
         main([str(source), str(tmp_path / "model.onnx"), "--opset", "17"])
     assert stopped.value.code == 2

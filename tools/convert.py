@@ -39,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: a mistake that the user can fix.
     """
     args = parse_args(argv, ConvertArgs, "python -m tools.convert", __doc__.split("\n\n")[0])
+    if args.output.is_dir():
+        raise UserError(f"{args.output}: this is a folder; give the file to write")
+    if args.source.exists() and args.output.exists() and args.output.samefile(args.source):
+        raise UserError(
+            f"{args.output}: would replace its own source, which may hold the state of a training; "
+            "give another file to write"
+        )
     checkpoint = load_checkpoint(args.source)
     model = checkpoint["model"]
     if args.half:

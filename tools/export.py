@@ -39,7 +39,7 @@ from support.checkpoint import load_model
 from support.cli import parse_args, run_main
 from support.errors import UserError, first_line
 from support.onnx_detector import INPUT, METADATA, OUTPUTS, OnnxDetector, needed
-from support.results import replacing
+from support.results import make_folder, replacing
 
 # How far onnxruntime may be from PyTorch.
 BOX_TOLERANCE_PX = 0.05
@@ -285,6 +285,7 @@ def _check_args(args: ExportArgs) -> None:
 
     Raises:
         UserError: says what is wrong.
+        OSError: the file cannot be written there.
     """
     if args.output.suffix != ".onnx":
         raise UserError(f"{args.output}: the file to write should end in .onnx")
@@ -294,6 +295,7 @@ def _check_args(args: ExportArgs) -> None:
         raise UserError(f"{args.output.parent}: no such folder; make it first")
     if any(side < 1 for size in args.sizes for side in size):
         raise UserError(f"--sizes {args.sizes}: heights and widths should be at least 1 pixel")
+    make_folder(args.output.parent)
     needed("onnxruntime")
 
 
