@@ -180,6 +180,7 @@ class AblateArgs:
     ]
     # Its fields are the flags.
     config: tyro.conf.Suppress[Config] = field(default_factory=lambda: ABLATION)
+    only: tuple[str, ...] = ()  # variants to train and show, such as grid; by default all rows
     seeds: tuple[int, ...] = ()  # train each variant once per seed; by default with --seed only
     output: Path = Path("runs/tables")  # folder for the tables
     runs: Path = Path("runs/ablations")  # folder for the training runs
@@ -428,6 +429,8 @@ def table_rows(args: AblateArgs, table: Table) -> list[dict[str, Any]]:
     rows = []
     for label, name, figures in table.rows:
         variant = shared_name(name, args.config)
+        if args.only and variant not in args.only:
+            continue
         config = VARIANTS[variant].config(args.config)
         found = [read_result(args, run) for run in runs_of(args, variant)]
         results = [result for result in found if result is not None]
@@ -567,6 +570,9 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
     if not tables:
         raise UserError(f"ablate: no table given; the tables are {', '.join(TABLES)}, or all")
 
+    if unknown := sorted(set(args.only) - set(VARIANTS)):
+        raise UserError(f"ablate: --only {' '.join(unknown)}: choose from {', '.join(VARIANTS)}")
+
     config = args.config
     if config.train_json and not config.val_json:
         raise UserError(
@@ -620,7 +626,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = read_args(sys.argv[1:] if argv is None else list(argv))
     rows = [row for number in args.tables for row in TABLES[number].rows]
-    variants = dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows)
+    names = dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows)
+    variants = [name for name in names if not args.only or name in args.only]
     args.runs.mkdir(parents=True, exist_ok=True)
     elsewhere: list[str] = []
     # First the rates are chosen. Then it is known which runs the rows are made of.

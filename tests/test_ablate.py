@@ -334,6 +334,9 @@ def test_finished_runs_are_not_trained_again_and_serve_other_tables(command, mon
     assert centre in text
     dynamic = next(line for line in text.splitlines() if line.startswith("| image |"))
     assert dynamic.endswith("| 1 |")
+    assert ablate.main(["6", "--only", "dynamic", *flags]) == 0
+    rows = json.loads((folder / "out/table6.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["dynamic"]
     with pytest.raises(AssertionError, match="a training was started"):
         ablate.main(["3", *flags])
     with pytest.raises(AssertionError, match="a training was started"):
@@ -441,6 +444,7 @@ def test_shapes_for_choosing_are_neither_trained_on_nor_reported():
         (["3", "--train-json", "a.json", "--train-images", "a"], "nothing to evaluate on"),
         (["3", "--preset", "huge"], "no such preset"),
         (["6", "--seeds", "-1"], "seed=-1 should be at least 0"),
+        (["6", "--only", "gird"], "--only gird: choose from sparse"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_trained(argv, message, tmp_path, monkeypatch):
