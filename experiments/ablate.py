@@ -452,7 +452,8 @@ def markdown(number: str, table: Table, rows: Sequence[dict[str, Any]]) -> str:
     """The paper's table and ours side by side, and what ours was made with."""
     names = table.columns.split()
     columns = {"": "{label}"}
-    for name in names:
+    is_in_paper = any(row["paper_AP"] is not None for row in rows)
+    for name in names if is_in_paper else ():
         digits = ".0f" if name in PAPER_HEADINGS else ".1f"
         columns[f"{PAPER_HEADINGS.get(name, name)} (paper)"] = f"{{paper_{name}:{digits}}}"
     for name in names:
@@ -512,17 +513,19 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The AP of the paper and ours, one bar per row."""
-    figure, axes = new_figure(1, 2, (4.2, 0.8 + 0.38 * len(rows)))
+    """The AP of the paper, if the table is in it, and ours, one bar per row."""
     in_paper = [row for row in rows if row["paper_AP"] is not None]
-    labels = [row["label"] for row in in_paper]
-    plot_bars(axes[0, 0], labels, [row["paper_AP"] for row in in_paper], "{:.1f}")
-    axes[0, 0].set_title("paper: AP on COCO", fontsize=9)
+    figure, axes = new_figure(1, 2 if in_paper else 1, (4.2, 0.8 + 0.38 * len(rows)))
+    if in_paper:
+        labels = [row["label"] for row in in_paper]
+        plot_bars(axes[0, 0], labels, [row["paper_AP"] for row in in_paper], "{:.1f}")
+        axes[0, 0].set_title("paper: AP on COCO", fontsize=9)
 
     done = [row for row in rows if "AP" in row]
-    plot_bars(axes[0, 1], [row["label"] for row in done], [row["AP"] for row in done], "{:.1f}")
-    axes[0, 1].set_xlim(left=0)
-    axes[0, 1].set_title("ours: AP", fontsize=9)
+    ours = axes[0, -1]
+    plot_bars(ours, [row["label"] for row in done], [row["AP"] for row in done], "{:.1f}")
+    ours.set_xlim(left=0)
+    ours.set_title("ours: AP", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
