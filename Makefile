@@ -25,7 +25,7 @@ $(READY): requirements.txt requirements-dev.txt
 
 demo: $(READY)
 	@rm -rf runs/demo
-	@echo "demo: $(PROCESSES) processes with one thread each (one per core, at most four)"
+	@echo "demo: one process per core, at most four ($(PROCESSES) here), with one thread each"
 	@start=$$(date +%s) && \
 	$(LAUNCH) train.py --preset shapes --num-stages 6 --num-proposals 10 --eval-every 6 --output runs/demo && \
 	$(LAUNCH) evaluate.py --weights runs/demo/last.pt --output runs/demo --workers 0 --per-class && \
