@@ -398,7 +398,9 @@ def head_gflop(model: SparseRCNN, config: Config) -> float:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the seeds, AP in percent, half of AP's range as `spread`, `last_quarter`.
+    """Means over the seeds, AP in percent; half of AP's range as `spread`.
+
+    `last_quarter` is how much AP rose in the last quarter of the steps.
 
     What is not defined is left out.
     """
@@ -629,8 +631,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = read_args(sys.argv[1:] if argv is None else list(argv))
     rows = [row for number in args.tables for row in TABLES[number].rows]
-    names = dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows)
-    variants = [name for name in names if not args.only or name in args.only]
+    models = dict.fromkeys(shared_name(name, args.config) for _, name, _ in rows)
+    variants = [name for name in models if not args.only or name in args.only]
     args.runs.mkdir(parents=True, exist_ok=True)
     elsewhere: list[str] = []
     # First the rates are chosen. Then it is known which runs the rows are made of.
