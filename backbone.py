@@ -17,11 +17,8 @@ list of maps can take its place.
 [(2, 64, 16, 24), (2, 64, 8, 12), (2, 64, 4, 6), (2, 64, 2, 3)]
 """
 
-import os
 from functools import partial
 from itertools import pairwise
-from pickle import UnpicklingError
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -163,11 +160,9 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
     weights = get_model_weights(name)["IMAGENET1K_V1"]
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    # URLError and OSError: no network. RuntimeError: a wrong checksum, or a file that is cut off.
-    # UnpicklingError and EOFError: a file with something else in it.
-    except (URLError, OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+    except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
         raise FileNotFoundError(
-            f"no ImageNet weights for {name}: {error}. Put {weights.url} at {path} (delete what is "
-            "there if it is broken), or start from random weights: pretrained=False, frozen=False"
+            f"no ImageNet weights for {name} ({error}). Put {weights.url} into "
+            f"{torch.hub.get_dir()}/checkpoints, or start from random weights: pretrained=False, "
+            "frozen=False"
         ) from error

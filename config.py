@@ -1,16 +1,17 @@
 """Everything that can be changed: one frozen dataclass, and the paper's recipes as presets of it.
 
-`Config` is put together from four groups: data, model, matching and loss, training. The comment
-beside a field is its `--help` text: the unit first, the source last. "paper" is Sun et al. (CVPR
-2021); "code" is the authors' repository, for what the paper leaves open. Change a config with
-`dataclasses.replace(config, num_stages=3)`.
+The comment beside a field is its `--help` text: the unit first, the source last. "paper" is Sun et
+al. (CVPR 2021); "code" is the authors' repository, for what the paper leaves open. Change a config
+with `dataclasses.replace(config, num_stages=3)`.
 """
 
+import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from typeguard import TypeCheckError, check_type
+import msgspec
 
 from support.errors import UserError
 
@@ -18,8 +19,18 @@ PresetName = Literal["r50-100", "r50-300", "r101-100", "r101-300", "shapes"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they are augmented."""
+class Config:
+    """The settings of one run. The defaults are the paper's R50 with 100 proposals, on COCO.
+
+    Raises:
+        UserError: a value is out of range; the message names it.
+    """
+
+    # Where the defaults of all other flags come from: one of the paper's four models, or the small
+    # one for Shapes.
+    preset: PresetName = "r50-100"
+
+    # --- data: which images, and how they are augmented ---
 
     # Annotations to train on, in COCO's format. Your own files replace the data of the preset.
     train_json: str | None = None
@@ -45,14 +56,37 @@ class DataConfig:
     shapes_train: int = 4000  # images per epoch of Shapes
     shapes_val: int = 400  # images in the validation set of Shapes
 
+    # --- training: the schedule, the optimizer, and the running of it ---
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network."""
+    epochs: int = 36  # passes over the data (paper, Training details)
+    batch_size: int = 16  # images per step, over all processes (paper, Training details)
+    lr: float | None = None  # learning rate; by default --lr-at-16 times batch size / 16
+    # Mixed precision. Matching, losses and boxes stay in float32.
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    # Images per process and forward pass; gradients accumulate to --batch-size. By default the
+    # process's whole share.
+    micro_batch: int | None = None
+    seed: int = 0  # of the weights, the order of the data and the augmentation
+    eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
+    max_dets: int = 100  # detections per image and class that count in an evaluation (COCO: 100)
+    lr_at_16: float = 2.5e-5  # learning rate for 16 images per step (paper, Training details)
+    weight_decay: float = 1e-4  # AdamW's, on every parameter (paper, Training details)
+    # Divide the rate by 10 at the milestones (paper), or let it fall to 0 along half a cosine.
+    schedule: Literal["step", "cosine"] = "step"
+    # Shares of the run after which the rate is divided by 10 (paper: epochs 27 and 33 of 36).
+    milestones: tuple[float, ...] = (27 / 36, 33 / 36)
+    warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run (code)
+    warmup_factor: float = 0.01  # fraction of the rate at which the warm-up starts (code)
+    clip_norm: float = 1.0  # largest norm of the whole model's gradient (code)
+    # torch.compile for backbone and stages: takes minutes once, then steps are faster on a GPU.
+    compile: bool = False
+    checkpoint_minutes: float = 10.0  # minutes between two writes of last.pt within an epoch
+    max_bad_steps: int = 20  # stop after this many steps in a row whose gradient is not finite
 
-    backbone: Literal["resnet18", "resnet50", "resnet101", "small"] = (
-        "resnet50"  # small: for Shapes
-    )
+    # --- model: the network ---
+
+    # small: for Shapes, and for photographs from scratch.
+    backbone: Literal["resnet18", "resnet50", "resnet101", "small"] = "resnet50"
     num_proposals: int = 100  # N learned proposals (paper, Training details)
     num_stages: int = 6  # S stages of the head (paper, Training details)
     pretrained_backbone: bool = True  # start the ResNet from ImageNet weights (paper)
@@ -72,10 +106,7 @@ class ModelConfig:
     # p3, and so on (code).
     canonical_box_px: int = 224
 
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The matching cost and the loss, which share their weights."""
+    # --- matching cost and loss, which share their weights ---
 
     class_weight: float = 2.0  # lambda_cls of the focal term (paper, Training details)
     l1_weight: float = 5.0  # lambda_L1 (paper, Training details)
@@ -84,104 +115,36 @@ class LossConfig:
     focal_gamma: float = 2.0  # how strongly the focal loss plays down easy cases (code)
     prior_prob: float = 0.01  # initial score of every class: bias = -log((1 - p) / p) (code)
 
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The schedule, the optimizer, and the running of it."""
-
-    epochs: int = 36  # passes over the data (paper, Training details)
-    batch_size: int = 16  # images per step, over all processes (paper, Training details)
-    lr: float | None = None  # learning rate; by default --lr-at-16 times batch size / 16
-    # Mixed precision. Matching, losses and boxes stay in float32.
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    # Images per process and forward pass; gradients accumulate to --batch-size. By default the
-    # process's whole share.
-    micro_batch: int | None = None
-    seed: int = 0  # of the weights, the order of the data and the augmentation
-    eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
-    lr_at_16: float = 2.5e-5  # learning rate for 16 images per step (paper, Training details)
-    weight_decay: float = 1e-4  # AdamW's, on every parameter (paper, Training details)
-    # Divide the rate by 10 at the milestones (paper), or let it fall to 0 along half a cosine.
-    schedule: Literal["step", "cosine"] = "step"
-    # Shares of the run after which the rate is divided by 10 (paper: epochs 27 and 33 of 36).
-    milestones: tuple[float, ...] = (27 / 36, 33 / 36)
-    warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run (code)
-    warmup_factor: float = 0.01  # fraction of the rate at which the warm-up starts (code)
-    clip_norm: float = 1.0  # largest norm of the whole model's gradient (code)
-    # torch.compile for backbone and stages: takes minutes once, then steps are faster on a GPU.
-    compile: bool = False
-    checkpoint_minutes: float = 10.0  # minutes between two writes of last.pt within an epoch
-    # Stop after this many consecutive steps whose loss or gradient is not finite.
-    max_bad_steps: int = 20
-
-
-@dataclass(frozen=True)
-class Config(TrainingConfig, LossConfig, ModelConfig, DataConfig):
-    """The settings of one run. The defaults are the paper's R50 with 100 proposals, on COCO.
-
-    Raises:
-        UserError: a value has the wrong type or is out of range; the message names it.
-    """
-
-    # Where the defaults of all other flags come from: one of the paper's four models, or the small
-    # one for Shapes.
-    preset: PresetName = "r50-100"
-
     def __post_init__(self) -> None:
-        self._check_types()
-
-        at_least_one = """
+        # Only what would pass silently, or fail far from here.
+        counts = """
             num_classes num_proposals num_stages hidden_dim dynamic_dim num_heads ffn_dim roi_size
             canonical_box_px epochs batch_size shapes_train shapes_val eval_every max_size test_size
-            max_bad_steps"""
-        for name in at_least_one.split():
+            max_bad_steps max_dets"""
+        for name in counts.split():
             self._require(name, getattr(self, name) >= 1, "should be at least 1")
-
-        not_negative = "num_cls_layers num_reg_layers workers warmup_steps checkpoint_minutes"
-        for name in not_negative.split():
-            self._require(name, getattr(self, name) >= 0, "should not be negative")
-
-        for name in ("lr_at_16", "clip_norm", "lr"):
-            value = getattr(self, name)
-            is_fine = value is None or 0 < value < math.inf
-            self._require(name, is_fine, "should be a number greater than 0")
-
-        for name in ("min_sizes", "crop_resize"):
-            is_fine = min(getattr(self, name), default=0) >= 1
-            self._require(name, is_fine, "should hold at least one size of at least 1 pixel")
-
-        for name in ("class_weight", "l1_weight", "giou_weight", "focal_gamma", "weight_decay"):
-            is_fine = 0 <= getattr(self, name) < math.inf
-            self._require(name, is_fine, "should be a number of at least 0")
-
+        for name in ("lr", "lr_at_16", "clip_norm"):
+            is_rate = getattr(self, name) is None or 0 < getattr(self, name) < math.inf
+            self._require(name, is_rate, "should be a number greater than 0")
+        for name in ("class_weight", "l1_weight", "giou_weight", "weight_decay", "workers"):
+            is_weight = 0 <= getattr(self, name) < math.inf
+            self._require(name, is_weight, "should be a number of at least 0")
         for name in ("color_jitter", "focal_alpha", "warmup_factor"):
             self._require(name, 0 <= getattr(self, name) <= 1, "should lie in 0 … 1")
+        for name in ("min_sizes", "crop_resize", "crop_sizes"):
+            is_sizes = min(getattr(self, name), default=0) >= 1
+            self._require(name, is_sizes, "should hold sizes of at least 1 pixel")
 
+        gamma = self.focal_gamma
+        # Between 0 and 1 the gradient of (1 − p)^γ is infinite at p = 1.
+        self._require("focal_gamma", gamma == 0 or 1 <= gamma < 100, "should be 0, or at least 1")
+        self._require("prior_prob", 0 < self.prior_prob < 1, "should lie between 0 and 1")
         are_shares = all(0 < milestone < 1 for milestone in self.milestones)
         self._require("milestones", are_shares, "should be shares of the run, such as 0.75")
-
-        low, high = self.crop_sizes
-        self._require("crop_sizes", 1 <= low <= high, "should be two sizes, the smaller one first")
-        self._require("prior_prob", 0 < self.prior_prob < 1, "should lie between 0 and 1")
-        self._require("dropout", 0 <= self.dropout < 1, "should be at least 0 and less than 1")
-        self._require("seed", 0 <= self.seed < 2**63, "should be at least 0 and less than 2^63")
-
+        is_part = self.micro_batch is None or 1 <= self.micro_batch <= self.batch_size
+        self._require("micro_batch", is_part, f"should lie in 1 … batch_size={self.batch_size}")
         is_multiple = self.hidden_dim % self.num_heads == 0
         self._require("hidden_dim", is_multiple, f"is not a multiple of num_heads={self.num_heads}")
-        is_within = self.micro_batch is None or 1 <= self.micro_batch <= self.batch_size
-        self._require("micro_batch", is_within, f"should lie in 1 … batch_size={self.batch_size}")
-
-    def _check_types(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            try:
-                check_type(value, hints[field.name])
-            except TypeCheckError as error:
-                raise UserError(f"config: {field.name}={value!r}: {error}") from None
-            # To Python, True is an int.
-            if isinstance(value, bool) and hints[field.name] is not bool:
-                raise UserError(f"config: {field.name}={value!r} should be a number, not a boolean")
 
     def _require(self, name: str, is_fine: bool, problem: str) -> None:
         if not is_fine:
@@ -191,6 +154,11 @@ class Config(TrainingConfig, LossConfig, ModelConfig, DataConfig):
     def learning_rate(self) -> float:
         """The peak rate: `lr` if given, else linear in the batch size (Goyal et al., 2017)."""
         return self.lr_at_16 * self.batch_size / 16 if self.lr is None else self.lr
+
+    def changes(self) -> list[str]:
+        """The settings that differ from those of the preset, as "name=value"."""
+        preset = asdict(PRESETS[self.preset])
+        return [f"{name}={value}" for name, value in asdict(self).items() if value != preset[name]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for checkpoints and config.json."""
@@ -206,8 +174,10 @@ class Config(TrainingConfig, LossConfig, ModelConfig, DataConfig):
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise UserError(f"config: unknown keys {unknown}; known are {known}")
-        as_tuple = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        return cls(**{**values, **as_tuple})
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise UserError(f"config: {error}") from None
 
 
 _R50 = Config()
@@ -244,3 +214,17 @@ PRESETS: dict[str, Config] = {
         warmup_steps=100,
     ),
 }
+
+
+def preset_from(argv: Sequence[str]) -> Config:
+    """The preset that `--preset` names on a command line; by default the paper's R50.
+
+    Raises:
+        UserError: there is no preset of that name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="r50-100")
+    name = parser.parse_known_args(argv)[0].preset
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -10,7 +10,7 @@ number that is not defined, such as APs where there is no small object, is −1,
 With `torchrun` the processes share the images. Images are batched only if they are padded to the
 same size. Padding is not masked (see model.py), so any other batch would change the detections.
 
-Shapes: n detections of an image, K classes. T, R, A: the thresholds of IoU, the levels of recall
+Shapes: n detections in an image, K classes. T, R, A: the thresholds of IoU, the levels of recall
 and the ranges of object areas over which COCO averages.
 """
 
@@ -19,9 +19,8 @@ import io
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,78 +33,98 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import Target, validation_set
-from support.checkpoint import load_model
+from model import load_model
 from support.cli import parse_args, run_main
-from support.devices import AMP_DTYPES, choose_threads, warn_of_slow_bf16
+from support.devices import AMP_DTYPES, choose_threads
 from support.distributed import World, join_world
 from support.errors import UserError
+from support.files import make_folder, write_json
 from support.loader import make_loader
-from support.results import (
-    Failure,
-    Item,
-    attempt,
-    describe_signal,
-    load_tolerantly,
-    make_folder,
-    raise_bug,
-    signal_of,
-    signals_like_ctrl_c,
-    write_json,
-)
-
-Detections = dict[str, Tensor]  # boxes (n, 4) xyxy px, scores (n,), labels (n,)
 
 # Not counted in the speed: the first calls allocate memory and choose algorithms.
 WARMUP_BATCHES = 3
 
 
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    world: World,
+    batch_size: int = 1,
+    workers: int = 0,
+    amp: str = "off",
+    max_dets: int = 100,
+    progress: bool = True,
+    image_bytes: int = 0,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Runs the model over a data set and measures it; all processes have to call this.
+
+    Args:
+        model: in torchvision's language, on `world.device`. It is put into eval mode and, at the
+            end, back into the mode that it was in.
+        dataset: a `CocoDataset` or `ShapesDataset` with evaluation transforms.
+        world: the processes. Each takes its share of the batches, so each image is seen once.
+        batch_size: at most so many images at a time, all of one size.
+        workers: processes that load images.
+        amp: "off", "bf16" or "fp16".
+        max_dets: see `coco_metrics`.
+        progress: show a progress bar if standard error is a terminal.
+        image_bytes: the most that an image takes; see `make_loader`.
+
+    Returns:
+        The metrics: those of `coco_metrics`, `images` (how many), `max_dets`, `speed` (`fps`,
+        `device`, `dtype`, `resolution`, `batch_size`, `processes`) and `other_classes` (how many
+        detections were left out because the data set does not have their class). And the detections
+        in COCO's results format. All processes get all of it.
+
+    Raises:
+        UserError: an image cannot be loaded. An AP of the others would not be the data set's.
+    """
+    batches = same_padding_batches(dataset, batch_size)[world.rank :: world.size]
+    loader = make_loader(dataset, batches, workers, batch_bytes=batch_size * image_bytes)
+    was_training = model.training
+    model.eval()
+
+    records: list[dict[str, Any]] = []
+    rates: list[float] = []  # images per second, one per batch
+    sizes_hw: list[tuple[int, int]] = []  # of the images as the model saw them
+    num_other_classes = 0
+    # None: only on a terminal. Standard error itself is None if it is closed.
+    is_hidden = None if progress and world.is_main and sys.stderr else True
+    for images, targets in tqdm(loader, "evaluate", unit="batch", disable=is_hidden, leave=False):
+        found, seconds = timed_forward(model, images, world.device, amp)
+        rates.append(len(images) / seconds)
+        for image, target, detections in zip(images, targets, found, strict=True):
+            resized_hw = tuple(image.shape[-2:])
+            results = coco_results(detections, target, resized_hw, dataset.category_ids)
+            num_other_classes += len(detections["labels"]) - len(results)
+            records += results
+            sizes_hw.append(resized_hw)
+    model.train(was_training)
+
+    parts = world.gather((records, rates[WARMUP_BATCHES:] or rates, sizes_hw))
+    records, rates, sizes_hw = ([x for part in parts for x in part[i]] for i in range(3))
+    metrics = coco_metrics(dataset.coco(), records, max_dets) if world.is_main else None
+    metrics = world.gather(metrics)[0]
+
+    height, width = sorted(sizes_hw)[len(sizes_hw) // 2]
+    is_cuda = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if is_cuda else world.device.type
+    metrics["speed"] = {
+        # The median over the batches: a short hiccup of a shared machine does not change it.
+        "fps": statistics.median(rates) * world.size,
+        "device": name if is_cuda else f"{name}, {torch.get_num_threads()} threads",
+        "dtype": str(AMP_DTYPES[amp]).removeprefix("torch."),
+        "resolution": f"{height}×{width}",
+        "batch_size": batch_size,
+        "processes": world.size,
+    }
+    metrics |= {"images": len(sizes_hw), "max_dets": max_dets}
+    metrics["other_classes"] = int(world.sum(num_other_classes)[0])
+    return metrics, records
+
+
 # --- from a data set to detections ---
-
-
-@dataclass
-class Findings:
-    """What a pass over a data set has found so far, in one process or, once joined, in all."""
-
-    batch_size: int
-    amp: str
-    detections: list[dict[str, Any]] = field(default_factory=list)  # COCO's results format
-    image_ids: list[int] = field(default_factory=list)  # of the images that were evaluated
-    sizes_hw: list[tuple[int, int]] = field(default_factory=list)  # theirs, as the model saw them
-    rates: list[float] = field(default_factory=list)  # images per second, one per batch
-    failures: list[Failure] = field(default_factory=list)  # images that were skipped, and why
-    num_other_classes: int = 0  # detections of classes that the data set does not have
-    stopped_by: int | None = None  # the signal that ended the pass early
-
-    def joined(self, world: World) -> "Findings":
-        """The findings of all processes; all of them have to call this."""
-        joined = Findings(self.batch_size, self.amp)
-        for part in world.gather(self):
-            joined.detections += part.detections
-            joined.image_ids += part.image_ids
-            joined.sizes_hw += part.sizes_hw
-            joined.rates += part.rates[WARMUP_BATCHES:] or part.rates
-            joined.failures += part.failures
-            joined.num_other_classes += part.num_other_classes
-            joined.stopped_by = joined.stopped_by or part.stopped_by
-        return joined
-
-    def speed(self, world: World) -> dict[str, Any]:
-        """How fast the model ran, without loading, and on what."""
-        device = world.device
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-        else:
-            name = f"{device.type}, {torch.get_num_threads()} threads"
-        height, width = sorted(self.sizes_hw)[len(self.sizes_hw) // 2]
-        return {
-            # The median over the batches: a short hiccup of a shared machine does not change it.
-            "fps": statistics.median(self.rates) * world.size,
-            "device": name,
-            "dtype": str(AMP_DTYPES[self.amp]).removeprefix("torch."),
-            "resolution": f"{height}×{width}",
-            "batch_size": self.batch_size,
-            "processes": world.size,
-        }
 
 
 def same_padding_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
@@ -125,118 +144,26 @@ def same_padding_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
     return batches
 
 
-@torch.inference_mode()
-def run_model(
-    model: nn.Module,
-    dataset: Dataset,
-    world: World,
-    batch_size: int = 1,
-    workers: int = 0,
-    amp: str = "off",
-    progress: bool = True,
-    tolerant: bool = False,
-    batch_bytes: int = 0,
-) -> Findings:
-    """Runs the model over a data set.
+def timed_forward(
+    model: nn.Module, images: Sequence[Tensor], device: torch.device, amp: str
+) -> tuple[list[dict[str, Tensor]], float]:
+    """The model's detections in a batch, and the seconds that they took."""
 
-    Each process takes its share of the batches, so each image is seen once.
+    def wait() -> None:  # GPUs run behind the program
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
 
-    Args:
-        model: in torchvision's language, on `world.device`. It is put into eval mode and, at the
-            end, back into the mode that it was in.
-        dataset: a `CocoDataset` or `ShapesDataset` with evaluation transforms.
-        world: the processes that share the images.
-        batch_size: at most so many images at a time, all of one size.
-        workers: processes that load images.
-        amp: "off", "bf16" or "fp16".
-        progress: show a progress bar if standard error is a terminal.
-        tolerant: skip an image that fails instead of raising its error, and let Ctrl-C end the
-            pass instead of the program; the findings say so.
-        batch_bytes: the most that the images of a batch take; see `make_loader`.
-
-    Returns:
-        The findings of all processes.
-
-    Raises:
-        UserError: an image cannot be loaded.
-    """
-    batches = same_padding_batches(dataset, batch_size)[world.rank :: world.size]
-    findings = Findings(batch_size, amp)
-    forward = partial(_timed_forward, model, world.device, amp, findings.rates)
-    was_training = model.training
-    model.eval()
-
-    # None: only on a terminal. Standard error itself is None if it is closed.
-    is_hidden = None if progress and world.is_main and sys.stderr else True
-    total = sum(map(len, batches))
-    bar = tqdm(total=total, desc="evaluate", unit="image", disable=is_hidden, leave=False)
-    try:
-        with bar:
-            loader = _load(dataset, batches, workers, tolerant, batch_bytes)
-            for indices, items in zip(batches, loader, strict=True):
-                results = attempt(forward, items) if tolerant else forward(items)
-                for index, item, result in zip(indices, items, results, strict=True):
-                    _collect(findings, dataset, index, item, result)
-                bar.update(len(items))
-    except KeyboardInterrupt as stop:
-        if not tolerant or world.size > 1:  # the others would wait for this process
-            raise
-        findings.stopped_by = int(signal_of(stop))
-    finally:
-        model.train(was_training)
-    return findings.joined(world)
-
-
-def _load(
-    dataset: Dataset, batches: list[list[int]], workers: int, tolerant: bool, batch_bytes: int
-) -> Iterator[list[Item | Failure]]:
-    """The items of each batch; with `tolerant` some may be failures."""
-    if tolerant:
-        yield from load_tolerantly(dataset, batches, workers, batch_bytes)
-    else:
-        for images, targets in make_loader(dataset, batches, workers, batch_bytes=batch_bytes):
-            yield list(zip(images, targets, strict=True))
-
-
-def _timed_forward(
-    model: nn.Module, device: torch.device, amp: str, rates: list[float], items: Sequence[Item]
-) -> list[Detections]:
-    """The model's detections on a batch; adds its images per second to `rates`."""
-    images = [image.to(device, non_blocking=True) for image, _ in items]
-    _wait_for(device)
+    images = [image.to(device, non_blocking=True) for image in images]
+    wait()
     start = time.perf_counter()
     with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-        detections = model(images)
-    _wait_for(device)
-    rates.append(len(items) / (time.perf_counter() - start))
-    return detections
-
-
-def _wait_for(device: torch.device) -> None:
-    """GPUs run behind the program."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _collect(
-    findings: Findings, dataset: Dataset, index: int, item: Item | Failure, result: Any
-) -> None:
-    """Adds what the model found in one image, or why it was skipped."""
-    if isinstance(result, Failure):
-        reason = result.about(f"image id {dataset.image_ids[index]}")
-        findings.failures.append(replace(result, reason=reason))
-        return
-    image, target = item
-    resized_hw = tuple(image.shape[-2:])
-    records = coco_results(result, target, resized_hw, dataset.category_ids)
-    findings.detections += records
-    findings.num_other_classes += len(result["labels"]) - len(records)
-    findings.image_ids.append(target["image_id"])
-    findings.sizes_hw.append(resized_hw)
+        found = model(images)
+    wait()
+    return found, time.perf_counter() - start
 
 
 def coco_results(
-    found: Detections,
+    found: dict[str, Tensor],
     target: Target,
     resized_hw: tuple[int, int],
     category_ids: Sequence[int | None],
@@ -273,26 +200,6 @@ def coco_results(
     return records
 
 
-def detect(
-    model: nn.Module,
-    dataset: Dataset,
-    world: World,
-    batch_size: int = 1,
-    workers: int = 0,
-    amp: str = "off",
-    progress: bool = True,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Runs the model over a data set; the arguments are those of `run_model`.
-
-    Returns:
-        The detections in COCO's results format, with boxes in pixels of the image files, and the
-        speed: `fps`, `device`, `dtype`, `resolution` (median, h×w px), `batch_size`, `processes`.
-        All processes get all of it.
-    """
-    findings = run_model(model, dataset, world, batch_size, workers, amp, progress)
-    return findings.detections, findings.speed(world)
-
-
 # --- from detections to AP ---
 
 
@@ -300,7 +207,6 @@ def coco_metrics(
     ground_truth: COCO,
     detections: list[dict[str, Any]],
     max_dets: int = 100,
-    image_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """COCO's metrics of detections in COCO's results format.
 
@@ -309,7 +215,6 @@ def coco_metrics(
         detections: dicts of image_id, category_id, bbox (xywh px), score; may be empty.
         max_dets: how many detections per image and class count, the best ones, as pycocotools has
             it.
-        image_ids: the images that count; by default all of the ground truth.
 
     Returns:
         AP, AP50, AP75, APs, APm, APl and AR (at max_dets) as fractions, −1 where not defined;
@@ -322,8 +227,6 @@ def coco_metrics(
             found = _no_results(ground_truth)
         run = COCOeval(ground_truth, found, "bbox")
         run.params.maxDets = [max_dets]
-        if image_ids is not None:
-            run.params.imgIds = sorted(image_ids)
         run.evaluate()
         run.accumulate()
     precision = run.eval["precision"][..., -1]  # (T, R, K, A)
@@ -364,55 +267,6 @@ def _mean(values: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else -1.0
 
 
-def measure(
-    findings: Findings, dataset: Dataset, world: World, max_dets: int = 100
-) -> dict[str, Any]:
-    """The metrics of what `run_model` found; all processes have to call this, and all get the same.
-
-    Args:
-        findings: of all processes, with at least one image.
-        dataset: the one that they are about.
-        world: as for `run_model`.
-        max_dets: see `coco_metrics`.
-
-    Returns:
-        The metrics of `coco_metrics`, `speed`, `images` (how many there were) and `max_dets`. If
-        there is something to say, also `skipped` (why, for each image that was skipped),
-        `other_classes` (how many detections were left out because the data set does not have their
-        class) and `stopped_by` (the signal that ended the pass early).
-    """
-    metrics = None
-    with world.together():
-        if world.is_main:
-            truth = dataset.coco()
-            metrics = coco_metrics(truth, findings.detections, max_dets, findings.image_ids)
-    metrics = world.gather(metrics)[0]
-    metrics["speed"] = findings.speed(world)
-    metrics["images"] = len(findings.image_ids)
-    metrics["max_dets"] = max_dets
-    if findings.failures:
-        metrics["skipped"] = [failure.reason for failure in findings.failures]
-    if findings.num_other_classes:
-        metrics["other_classes"] = findings.num_other_classes
-    if findings.stopped_by is not None:
-        metrics["stopped_by"] = findings.stopped_by
-    return metrics
-
-
-def evaluate(
-    model: nn.Module, dataset: Dataset, world: World, max_dets: int = 100, **options: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`run_model`, then `measure`: the metrics, and the detections in COCO's results format.
-
-    Args:
-        model, dataset, world: see `run_model`.
-        max_dets: see `coco_metrics`.
-        options: the other arguments of `run_model`.
-    """
-    findings = run_model(model, dataset, world, **options)
-    return measure(findings, dataset, world, max_dets), findings.detections
-
-
 def percent(value: float) -> str:
     """A fraction of 1 in percent; a dash if it is not defined (−1)."""
     return "    –" if value < 0 else f"{100 * value:5.1f}"
@@ -448,7 +302,7 @@ class EvaluateArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     batch_size: int = 1  # images at a time, of equal size
     workers: int = 4  # processes that load images; 0 loads them in the main process
-    max_dets: int = 100  # detections per image and class that count (COCO: 100)
+    max_dets: int | None = None  # detections per image and class that count; by default as trained
     test_size: int | None = None  # pixels: shortest side of the images; by default the checkpoint's
     max_size: int | None = None  # pixels: limit of the longest side; by default the checkpoint's
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
@@ -457,123 +311,50 @@ class EvaluateArgs:
     ignore_new_classes: bool = False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line.
-
-    Returns:
-        1 if images were skipped, 128 + its number after a signal, else 0.
 
     Raises:
         UserError: a mistake that the user can fix.
     """
     description = "Measures COCO AP and images per second of a checkpoint."
     args = parse_args(argv, EvaluateArgs, "evaluate.py", description)
-    _check(args)
-    with join_world(args.device) as world:
-        with world.together():
-            make_folder(args.output)
-            model, checkpoint = load_model(args.weights, world.device)
-            dataset = validation_set(
-                checkpoint,
-                args.ignore_new_classes,
-                val_json=args.val_json,
-                val_images=args.val_images,
-                test_size=args.test_size,
-                max_size=args.max_size,
-            )
-        if world.is_main:
-            for note in dataset.notes:
-                print(f"note: {note}")
-        config = checkpoint["config"]
-        choose_threads(world.device, config, args.test_size or config.test_size)
-        if world.is_main:
-            warn_of_slow_bf16(world.device, args.amp)
-        image_bytes = 3 * (args.test_size or config.test_size) * (args.max_size or config.max_size)
-
-        # Among several processes it is torchrun that handles signals.
-        with signals_like_ctrl_c() if world.size == 1 else contextlib.nullcontext():
-            findings = run_model(
-                model.for_inference(),
-                dataset,
-                world,
-                batch_size=args.batch_size,
-                workers=args.workers,
-                amp=args.amp,
-                tolerant=True,
-                batch_bytes=args.batch_size * image_bytes,  # at most
-            )
-        require_images(findings)
-        if world.is_main:
-            write_json(args.output / "detections.json", findings.detections)
-        metrics = measure(findings, dataset, world, args.max_dets)
-        if world.is_main:
-            write_json(args.output / "metrics.json", metrics, indent=2)
-            _print_report(args, metrics, len(dataset))
-
-    if findings.stopped_by is not None:
-        return 128 + findings.stopped_by
-    return 1 if findings.failures else 0
-
-
-def require_images(findings: Findings) -> None:
-    """Refuses a pass without any result.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C came first.
-        UserError: no image can be used.
-        RuntimeError: the program is to blame.
-    """
-    if findings.image_ids:
-        return
-    if findings.stopped_by is not None:
-        raise KeyboardInterrupt(findings.stopped_by)
-    raise_bug(findings.failures)
-    raise UserError(
-        f"none of the {len(findings.failures)} images can be used: {findings.failures[0].reason}"
-    )
-
-
-def _check(args: EvaluateArgs) -> None:
-    sizes = (args.test_size, args.max_size)
-    counts = (args.batch_size, args.max_dets, *(size for size in sizes if size is not None))
-    if min(counts) < 1 or args.workers < 0:
-        raise UserError(
-            "--batch-size, --max-dets, --test-size and --max-size should be at least 1, --workers "
-            "at least 0"
-        )
     if args.weights.suffix.lower() == ".onnx":
-        raise UserError(
-            f"{args.weights}: an ONNX file cannot be evaluated here; give the checkpoint that it "
-            "was exported from"
+        raise UserError(f"{args.weights}: give the checkpoint that it was exported from")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size} should be at least 1")
+    with join_world(args.device) as world:
+        if world.is_main:
+            make_folder(args.output)
+        model, checkpoint = load_model(args.weights, world.device)
+        names = ("val_json", "val_images", "test_size", "max_size", "max_dets")
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        config = replace(checkpoint["config"], **given)
+        dataset = validation_set({**checkpoint, "config": config}, args.ignore_new_classes)
+        choose_threads(world.device, config.backbone, args.amp)
+        metrics, detections = evaluate(
+            model.for_inference(),
+            dataset,
+            world,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            amp=args.amp,
+            max_dets=config.max_dets,
+            image_bytes=3 * config.test_size * config.max_size,
         )
-
-
-def _print_report(args: EvaluateArgs, metrics: dict[str, Any], num_images: int) -> None:
-    """Says on standard error what is missing from the results, and prints the rest."""
-    for reason in metrics.get("skipped", []):
-        print(f"evaluate.py: skipped {reason}", file=sys.stderr)
-    part = f"{metrics['images']} of {num_images} images"
-    if "stopped_by" in metrics:
-        print(
-            f"evaluate.py: stopped by {describe_signal(metrics['stopped_by'])} after {part}, with "
-            f"an AP of {percent(metrics['AP']).strip()} on these; written: {args.output}",
-            file=sys.stderr,
-        )
-        return
-
-    print(format_table(metrics, args.per_class))
-    if metrics["images"] < num_images:
-        print(f"note: on {part}; those that were skipped are named above and in metrics.json")
-    if "other_classes" in metrics:
-        print(
-            f"note: left out {metrics['other_classes']} detections of classes that the annotations "
-            "do not have"
-        )
-    print(
-        "The model ran with its batch norms folded into the convolutions and channels last "
-        "(`SparseRCNN.for_inference`)."
-    )
-    print(f"written: {args.output / 'metrics.json'}, {args.output / 'detections.json'}")
+        if not world.is_main:
+            return
+        for note in dataset.notes:
+            print(f"note: {note}")
+        if metrics["other_classes"]:
+            print(
+                f"note: left out {metrics['other_classes']} detections of classes that the "
+                "annotations do not have"
+            )
+        print(format_table(metrics, args.per_class))
+        write_json(args.output / "detections.json", detections)
+        write_json(args.output / "metrics.json", metrics, indent=2)
+        print(f"written: {args.output / 'metrics.json'}, {args.output / 'detections.json'}")
 
 
 if __name__ == "__main__":

@@ -98,10 +98,6 @@ class DynamicInteraction(nn.Module):
 
     def forward(self, pro_feats: Tensor, roi_feats: Tensor) -> Tensor:
         """pro_feats (N, C), roi_feats (N, R·R, C) -> obj_feats (N, C)."""
-        # In float16 the gradient of this part overflows, so there it is computed in float32.
-        if _trains_in_float16(roi_feats.device):
-            with torch.autocast(roi_feats.device.type, enabled=False):
-                return dynamic_instance_interaction(pro_feats.float(), roi_feats.float(), self)
         return dynamic_instance_interaction(pro_feats, roi_feats, self)
 
 
@@ -309,7 +305,7 @@ class RoIPooler(nn.Module):
         # RoIAlign takes rows of (index of the image, x1, y1, x2, y2).
         image = torch.arange(B, device=boxes_px.device, dtype=boxes_px.dtype)
         image = image.repeat_interleave(N)[:, None]  # (B·N, 1)
-        # It would read outside of the map for boxes that are not finite; the matcher names them.
+        # It would read outside of the map for boxes that are not finite.
         rois = torch.cat((image, boxes_px.flatten(0, 1).nan_to_num()), dim=1)  # (B·N, 5)
 
         levels = self.levels(rois[:, 1:])  # (B·N,)
@@ -364,15 +360,3 @@ def apply_deltas(deltas: Tensor, boxes_px: Tensor) -> Tensor:
     h = h_a * t_h.clamp(max=MAX_LOG_SCALE).exp()
 
     return torch.stack((x - 0.5 * w, y - 0.5 * h, x + 0.5 * w, y + 0.5 * h), dim=-1)
-
-
-def _trains_in_float16(device: torch.device) -> bool:
-    """Whether gradients are recorded under float16 autocast.
-
-    There the dynamic instance interaction has to leave float16. A bin outside the image is all
-    zeros, and LayerNorm divides it by √1e-5, so on the way back each of the two norms can multiply
-    its gradient by 316. Both together exceed float16's largest number, 65504, and this infinity
-    times the zeros of the bin is NaN. bfloat16 and float32 reach 3e38 and stay finite.
-    """
-    is_float16 = torch.get_autocast_dtype(device.type) == torch.float16
-    return torch.is_grad_enabled() and torch.is_autocast_enabled(device.type) and is_float16

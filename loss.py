@@ -88,9 +88,6 @@ class SetCriterion(nn.Module):
 
         Returns:
             3·S float32 scalars, weighted by λ.
-
-        Raises:
-            FloatingPointError: from the matcher, if a prediction is not finite.
         """
         S = len(logits)
         logits, boxes_px = logits.float(), boxes_px.float()

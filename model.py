@@ -17,11 +17,13 @@ detections alone and together; `evaluate.py` batches only such images.
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
 from backbone import STRIDES, ResNetFPN, SmallFPN, fold_batch_norms
@@ -29,6 +31,8 @@ from config import Config
 from head import DynamicHead, DynamicInteraction, RoIPooler, Stage
 from loss import SetCriterion
 from matcher import HungarianMatcher
+from support.checkpoint import load_checkpoint
+from support.errors import UserError
 from support.roi_align import roi_align
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # R, G, B of values 0–255
@@ -75,8 +79,8 @@ class SparseRCNN(nn.Module):
         self.proposal_feats = nn.Parameter(init_feats.clone())  # (N, C)
 
         # Constants, which follow the model to a device but are not in its checkpoints.
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", _constant(IMAGENET_MEAN), persistent=False)
+        self.register_buffer("std", _constant(IMAGENET_STD), persistent=False)
 
     def forward(
         self,
@@ -101,7 +105,6 @@ class SparseRCNN(nn.Module):
 
         Raises:
             ValueError: in train mode without targets; images or targets of the wrong form.
-            FloatingPointError: from the matcher, if a prediction is not finite.
         """
         if not self.training:
             logits, boxes_px, whwh_px = self._predict(images)
@@ -239,19 +242,39 @@ class SparseRCNN(nn.Module):
         return fast
 
 
+def _constant(rgb: tuple[float, float, float]) -> Tensor:
+    """(3, 1, 1) float32, whatever the default dtype is."""
+    return torch.tensor(rgb, dtype=torch.float32)[:, None, None]
+
+
+class Interaction(DynamicInteraction):
+    """`DynamicInteraction`, in float32 where gradients are recorded under float16 autocast.
+
+    A bin outside the image is all zeros, and LayerNorm divides it by √1e-5, so on the way back each
+    of the two norms can multiply its gradient by 316. Both together exceed float16's largest
+    number, 65504, and this infinity times the zeros of the bin is NaN.
+    """
+
+    def forward(self, pro_feats: Tensor, roi_feats: Tensor) -> Tensor:
+        """pro_feats (N, C), roi_feats (N, R·R, C) -> obj_feats (N, C)."""
+        device = roi_feats.device.type
+        is_autocast = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
+        if is_autocast and torch.get_autocast_dtype(device) == torch.float16:
+            with torch.autocast(device, enabled=False):
+                return super().forward(pro_feats.float(), roi_feats.float())
+        return super().forward(pro_feats, roi_feats)
+
+
 def check_images(images: Sequence[Tensor]) -> None:
     """Raises a ValueError if images are missing or are not of the form that `SparseRCNN` takes."""
     if not len(images):
         raise ValueError("SparseRCNN: an empty list of images")
     for i, image in enumerate(images):
-        if image.dim() != 3 or len(image) != 3 or 0 in image.shape:
+        is_shaped = image.dim() == 3 and len(image) == 3 and 0 not in image.shape
+        if not is_shaped or not (image.dtype == torch.uint8 or image.is_floating_point()):
             raise ValueError(
-                f"SparseRCNN: image {i} has shape {tuple(image.shape)}; "
-                "RGB images (3, H, W) are needed"
-            )
-        if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise ValueError(
-                f"SparseRCNN: image {i} is {image.dtype}; uint8 0–255 or float 0–1 is needed"
+                f"SparseRCNN: image {i} is {tuple(image.shape)} of {image.dtype}; RGB images "
+                "(3, H, W) are needed, uint8 0–255 or float 0–1"
             )
 
 
@@ -267,11 +290,14 @@ def check_target(
         device: of the predictions.
 
     Returns:
-        `boxes` (M, 4) float32 and `labels` (M,) int64 on the device, as plain tensors.
+        `boxes` (M, 4) float32 xyxy and `labels` (M,) int64 on the device, as plain tensors.
 
     Raises:
-        ValueError: shapes or dtypes are wrong, or a label is outside 0 … K − 1.
+        ValueError: something is missing, shapes or dtypes are wrong, a box has no area, or a label
+            is outside 0 … K − 1.
     """
+    if missing := {"boxes", "labels"} - set(target):
+        raise ValueError(f"SparseRCNN: target {index} has no {' and no '.join(sorted(missing))}")
     boxes, labels = target["boxes"], target["labels"]
     if boxes.shape != (len(labels), 4) or labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(
@@ -279,14 +305,20 @@ def check_target(
             f"{tuple(labels.shape)} of {labels.dtype}; boxes (M, 4) and labels (M,) of torch.int64 "
             "are needed"
         )
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        boxes = box_convert(boxes.as_subclass(Tensor), boxes.format.value.lower(), "xyxy")
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)  # (M,)
+    if not has_area.all():
+        raise ValueError(
+            f"SparseRCNN: target {index} has the box {boxes[~has_area][0].tolist()}; "
+            "x1, y1, x2, y2 with x1 < x2 and y1 < y2 are needed"
+        )
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise ValueError(
             f"SparseRCNN: target {index} has labels {sorted(set(labels.tolist()))}, outside "
             f"0 … {num_classes - 1}. Labels start at 0 here, there is no background class "
             "(torchvision's start at 1)"
         )
-    # Plain, because data.py's tv_tensors would drag their bookkeeping through the whole loss.
-    boxes = boxes.as_subclass(torch.Tensor)
     return {
         "boxes": boxes.to(device, torch.float32, non_blocking=True),
         "labels": labels.to(device, non_blocking=True),
@@ -316,7 +348,7 @@ def build_model(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
 
     stages = []
     for _ in range(config.num_stages):
-        interaction = DynamicInteraction(config.hidden_dim, config.dynamic_dim, config.roi_size)
+        interaction = Interaction(config.hidden_dim, config.dynamic_dim, config.roi_size)
         stage = Stage(
             hidden_dim=config.hidden_dim,
             num_classes=config.num_classes,
@@ -353,3 +385,29 @@ def build_model(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
     init_feats = torch.randn(config.num_proposals, config.hidden_dim)
 
     return SparseRCNN(backbone, head, criterion, init_boxes, init_feats)
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[SparseRCNN, dict[str, Any]]:
+    """The model of a checkpoint, in eval mode on the device, and the checkpoint without weights.
+
+    Its "config" is a `Config`.
+
+    Raises:
+        UserError: the file is no checkpoint, or its parts do not go together.
+        RuntimeError: from torch, if the weights are not those of the config beside them.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        config = Config.from_dict(checkpoint["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}; was it written by a newer version?") from None
+    model = build_model(config, pretrained_backbone=False)
+    model.load_state_dict(checkpoint["model"])
+    for key in ("class_names", "category_ids"):
+        if len(checkpoint[key]) != config.num_classes:
+            count = len(checkpoint[key])
+            raise UserError(f"{path}: has {count} {key} for {config.num_classes} classes")
+    del checkpoint["model"]
+    return model.to(device).eval(), {**checkpoint, "config": config}

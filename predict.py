@@ -41,8 +41,7 @@ from tqdm import tqdm
 
 from config import Config
 from data import Transforms, eval_transforms
-from model import StageOutputs
-from support.checkpoint import load_model
+from model import StageOutputs, load_model
 from support.cli import parse_args, run_main
 from support.devices import AMP_DTYPES, choose_threads, pick_device, warn_of_slow_bf16
 from support.errors import UserError

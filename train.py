@@ -8,44 +8,82 @@ In:  a `Config`; every field is a flag (see --help).
 Out: in --output: last.pt, best.pt (if there is validation data), metrics.jsonl (one line per
      epoch), config.json, TensorBoard events, curves.png.
 
+Read it from top to bottom: the learning rate, one step, the loop, the checkpoint, the set-up.
+
 An epoch is one pass over the data without its last incomplete batch; 36 epochs of COCO are 266,112
 steps, where the authors' code takes 270,000 steps of endless shuffling. DEVIATIONS.md lists this
 and all other differences.
 """
 
 import math
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from config import Config
+from config import Config, preset_from
 from data import check_data, make_dataset, require_objects
 from evaluate import evaluate, format_table
 from model import SparseRCNN, build_model
-from support.checkpoint import Training, load_checkpoint, load_what_fits
-from support.cli import parse_args, preset_from, run_main
-from support.devices import AMP_DTYPES, check_compiler, choose_threads, warn_of_slow_bf16
+from support.checkpoint import load_checkpoint, load_what_fits, save_checkpoint
+from support.cli import parse_args, run_main
+from support.devices import choose_threads
 from support.distributed import World, join_world
-from support.errors import NotFinite, UserError
-from support.faults import (
-    Clock,
-    StopSignal,
-    check_batch_norms,
-    saved_if_loading_fails,
-    skip,
-    statistics_restored,
-)
-from support.loader import Batch, GroupedBatches, Loader, fetch, make_loader
-from support.report import Report, prepare_output, print_summary, warn_of_crowded_images
+from support.errors import UserError
+from support.loader import make_train_loader
+from support.report import Report
+from support.signals import StopSignal
+
+
+@dataclass
+class Training:
+    """A run: its model, and everything else that a step reads or changes."""
+
+    model: SparseRCNN
+    parallel_model: nn.Module  # the model inside DistributedDataParallel, if there are processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # for float16; it does nothing otherwise
+    config: Config
+    world: World
+    steps_per_epoch: int
+    num_images: int  # in the training set
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+
+    epoch: int = 0  # epochs finished, evaluation included
+    step: int = 0  # batches taken, those of skipped steps included
+    bad_in_a_row: int = 0  # skipped steps since the last one that was taken
+    best: float = -1.0  # best AP so far, as a fraction of 1
+    # Sums over the steps of this epoch, of this process's losses and so on; see support/report.py.
+    sums: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def summed(self) -> dict[str, float]:
+        """`sums` over all processes; all of them have to call this.
+
+        Each process knows the losses of its own images. All else is the same in all of them.
+        """
+        names = [name for name in self.sums if name.startswith("loss")]
+        losses = self.world.sum(*(self.sums[name] for name in names))
+        return {**self.sums, **dict(zip(names, losses, strict=True))}
+
+
+# --- the recipe ---
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
@@ -69,133 +107,225 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     return config.learning_rate * warmup * decay
 
 
-def train_step(training: Training, batch: Batch) -> dict[str, float]:
+def train_step(
+    training: Training,
+    images: Sequence[Tensor],
+    targets: Sequence[dict[str, Any]],
+    num_objects: float,
+) -> dict[str, float]:
     """One step of the recipe.
 
     Args:
         training: the model and the optimizer, changed in place. The step counter is the caller's.
-        batch: this process's images, and the number of objects in the whole batch.
+        images: this process's, each (3, H, W) uint8.
+        targets: one per image, with `boxes` and `labels`.
+        num_objects: in the whole batch, over all processes.
 
     Returns:
-        Every loss of the whole batch, and `grad_norm`, the gradient's norm before clipping.
-
-    Raises:
-        NotFinite: in all processes, if a prediction, a loss or the gradient is not finite; no
-            weight has changed.
+        Every loss of this process's images, and `grad_norm`, the norm of the whole batch's gradient
+        before clipping. If it is not finite the step was skipped, in all processes alike, and
+        nothing has changed: one bad batch should not cost a run. (The authors' code ends the run.)
     """
-    config, world = training.config, training.world
-    optimizer, scaler = training.optimizer, training.scaler
-
-    rate = learning_rate(training.step, training.total_steps, config)
+    config, model, optimizer = training.config, training.model, training.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate(training.step, training.total_steps, config)
     optimizer.zero_grad(set_to_none=True)
+    # Trained batch norms update their running statistics in the forward pass.
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in statistics]
 
     # Micro-batches: a batch that does not fit into memory is processed in parts, and their
     # gradients add up. Each part is divided by the number of objects in the whole batch (all parts,
     # all processes; see loss.py), so the gradient does not depend on how the batch is split.
-    totals: dict[str, torch.Tensor] = {}
-    for part in batch.parts(config.micro_batch):
-        with torch.autocast(world.device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off"):
-            # After the last part the processes average their gradients.
-            losses = training.parallel_model(
-                part.images, part.targets, num_objects=batch.num_objects, is_last=part.is_last
-            )
+    totals: dict[str, Tensor] = {}
+    size = config.micro_batch or len(images)
+    for first in range(0, len(images), size):
+        part = slice(first, first + size)
+        # Processes average their gradients after the last part. (No effect without them.)
+        training.parallel_model.require_backward_grad_sync = first + size >= len(images)
+        dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+        with torch.autocast(training.world.device.type, dtype, enabled=config.amp != "off"):
+            losses = training.parallel_model(images[part], targets[part], num_objects=num_objects)
         # The losses are weighted already. DistributedDataParallel averages the gradients over the
         # processes, but the divisor is the objects of the whole batch: we need the sum.
-        loss = sum(losses.values()) * world.size
-        scaler.scale(loss).backward()
+        loss = sum(losses.values()) * training.world.size
+        training.scaler.scale(loss).backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach()
 
-    scaler.unscale_(optimizer)
-    grad_norm = clip_grad_norm_(training.model.parameters(), config.clip_norm).item()
+    training.scaler.unscale_(optimizer)
+    totals["grad_norm"] = clip_grad_norm_(model.parameters(), config.clip_norm)
+    # The step's only transfer to the host.
+    values = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
 
-    # The losses of the whole batch. They, and the gradient that DistributedDataParallel has
-    # averaged, are the same in all processes: either all of them step or none.
-    batch_losses = world.sum(*torch.stack(list(totals.values())).tolist())
-    is_finite = math.isfinite(grad_norm + sum(batch_losses))
-    if is_finite:
-        scaler.step(optimizer)
-    scaler.update()  # also after a skipped step: this lowers the scale of float16
-    if not is_finite:
-        raise NotFinite("the loss or its gradient is not finite")
-    return {**dict(zip(totals, batch_losses, strict=True)), "grad_norm": grad_norm}
+    # A NaN in one process is in the average of all gradients, so all processes decide alike.
+    if math.isfinite(values["grad_norm"]):
+        training.scaler.step(optimizer)
+    else:
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(value)
+    training.scaler.update()  # also after a skipped step: this lowers the scale of float16
+    return values
 
 
 def train(
     training: Training,
-    loader: Loader,
+    loader: DataLoader,
     val_set: Dataset | None,
     output: Path,
     report: Report,
-    stop: StopSignal,
 ) -> int:
     """The loop: steps, a checkpoint every few minutes, and an evaluation after each epoch.
 
     Returns:
         The exit code: 0, or 128 + the number of the signal that stopped the run.
-    """
-    config, world, model = training.config, training.world, training.model
-    clock = Clock(config.checkpoint_minutes)
-    while training.epoch < config.epochs:
-        model.train()
-        report.start_epoch()
-        # They end early if any process gets a signal, and say when a checkpoint is due.
-        batches = fetch(loader, world, training.epoch, training.steps_into_epoch, stop, clock)
-        with saved_if_loading_fails(training, output / "last.pt"):
-            for batch in batches:
-                try:
-                    with statistics_restored(model):
-                        values = train_step(training, batch)
-                    training.bad_in_a_row = 0
-                except NotFinite as error:
-                    values = skip(training, batch.image_ids, error, output / "last.pt")
-                training.step += 1  # after a skipped step too: the schedule counts batches
-                report.step(batch, values)
-                if batch.is_save_due:
-                    training.save(output / "last.pt")
 
-        # Trained batch norms: all processes evaluate with the main one's statistics.
-        world.copy_buffers(model)
-        training.save(output / "last.pt")  # before the evaluation, which may take long
-        if (number := stop.agreed(world)) is not None:
-            report.say_stopped(number)
+    Raises:
+        UserError: too many steps in a row, or all of a shorter run, were skipped.
+    """
+    config, world = training.config, training.world
+    saved = time.monotonic()
+    while training.epoch < config.epochs:
+        training.model.train()
+        report.start_epoch(training)
+        loader.batch_sampler.seek(
+            training.epoch, training.step - training.epoch * training.steps_per_epoch
+        )
+        with StopSignal() as stop:  # from here on a signal waits for the step to end
+            for images, targets in loader:
+                report.batch_is_loaded()
+                is_save_due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+                # What the processes have to agree on, in one exchange.
+                num_objects, num_images, num_stops, is_save_due = world.sum(
+                    sum(len(target["labels"]) for target in targets),
+                    len(images),
+                    stop.number is not None,
+                    world.is_main and is_save_due,
+                )
+                if num_stops:
+                    break
+
+                values = train_step(training, images, targets, num_objects)
+                training.step += 1  # after a skipped step too: the schedule counts batches
+                is_taken = math.isfinite(values["grad_norm"])
+                training.bad_in_a_row = 0 if is_taken else training.bad_in_a_row + 1
+                if training.bad_in_a_row >= min(config.max_bad_steps, training.total_steps):
+                    image_ids = [target["image_id"] for target in targets]
+                    raise UserError(
+                        f"{training.bad_in_a_row} steps in a row were not finite, the last one "
+                        f"with image ids {image_ids}; look at their boxes, and try a lower --lr "
+                        f"(it was {config.learning_rate:.2g}) or --amp off"
+                    )
+                report.step(training, values, int(num_images))
+                if is_save_due:
+                    save(training, output / "last.pt")
+                    saved = time.monotonic()
+
+            # Trained batch norms: all processes evaluate with the main one's statistics.
+            world.copy_buffers(training.model)
+            save(training, output / "last.pt")  # before the evaluation, which may take long
+            (num_stops,) = world.sum(stop.number is not None)
+        if num_stops:
+            number = stop.number or int(signal.SIGTERM)  # if another process has got the signal
+            where = f"step {training.step}; saved {output / 'last.pt'}"
+            report.say(f"stopped by signal {number} at {where}")
             return 128 + number
 
         metrics: dict[str, Any] = {}
         epoch = training.epoch + 1
-        is_eval_due = epoch % config.eval_every == 0 or epoch == config.epochs
-        if val_set is not None and is_eval_due:
-            with stop.obeyed(f"in an evaluation; {output / 'last.pt'} is from right before it"):
-                metrics = evaluate_training(training, val_set)
-
+        if val_set is not None and (epoch % config.eval_every == 0 or epoch == config.epochs):
+            metrics, _ = evaluate(
+                training.model,
+                val_set,
+                world,
+                batch_size=config.micro_batch or config.batch_size // world.size,
+                workers=config.workers,
+                amp=config.amp,
+                max_dets=config.max_dets,
+                image_bytes=3 * config.test_size * config.max_size,
+            )
         training.epoch = epoch
-        report.end_epoch(metrics)
+        report.end_epoch(training, metrics)
         if metrics:
             report.say(format_table(metrics))
         if metrics.get("AP", -1.0) > training.best:
             training.best = metrics["AP"]
-            training.save(output / "best.pt")
-        training.save(output / "last.pt")
-    report.say_written()
+            save(training, output / "best.pt")
+        save(training, output / "last.pt")
+    report.say(f"written: last.pt, metrics.jsonl, curves.png and more in {output}")
     return 0
 
 
-def evaluate_training(training: Training, val_set: Dataset) -> dict[str, Any]:
-    """The model's AP on the validation set, with as many images at a time as in training."""
-    config, world = training.config, training.world
-    batch_size = config.micro_batch or config.batch_size // world.size
-    metrics, _ = evaluate(
-        training.model,
-        val_set,
-        world,
-        batch_size=batch_size,
-        workers=config.workers,
-        amp=config.amp,
-        batch_bytes=3 * config.test_size * config.max_size * batch_size,
-    )
-    return metrics
+# --- the checkpoint ---
+
+
+def save(training: Training, path: Path) -> None:
+    """Writes a checkpoint in the main process; all processes have to call this."""
+    world, config = training.world, training.config
+    rng = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(world.device)
+    checkpoint = {
+        "model": training.model.state_dict(),
+        "config": config.to_dict(),
+        "class_names": list(training.class_names),
+        "category_ids": list(training.category_ids),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "schedule": {
+            "total_steps": training.total_steps,
+            "learning_rate": config.learning_rate,
+            "batch_size": config.batch_size,
+            "num_images": training.num_images,
+        },
+        "epoch": training.epoch,
+        "step": training.step,
+        "bad_in_a_row": training.bad_in_a_row,
+        "best": training.best,
+        "sums": training.summed(),
+        "rng": world.gather(rng),
+    }
+    if world.is_main:
+        save_checkpoint(path, checkpoint)
+    world.sum(0)  # The others wait: the first process that ends makes torchrun end all of them.
+
+
+def restore(training: Training, checkpoint: Mapping[str, Any], path: str) -> None:
+    """Goes back to what `save` wrote.
+
+    Raises:
+        UserError: the checkpoint was not written by `save`, or it is of another batch size or data
+            set, with which the steps so far would mean something else.
+    """
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path}: holds no training state; start from its weights with --weights")
+    before = {"batch_size": checkpoint["config"]["batch_size"], **checkpoint["schedule"]}
+    before = (before["batch_size"], before.get("num_images", training.num_images))
+    if before != (training.config.batch_size, training.num_images):
+        raise UserError(
+            f"{path}: a run on {before[1]} images with --batch-size {before[0]}; here are "
+            f"{training.num_images} images, and --batch-size {training.config.batch_size}. Resume "
+            "with the same, or start another run with --weights"
+        )
+    training.model.load_state_dict(checkpoint["model"])
+    training.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in training.optimizer.param_groups:
+        group["weight_decay"] = training.config.weight_decay
+    if checkpoint["scaler"]:  # empty without float16
+        training.scaler.load_state_dict(checkpoint["scaler"])
+
+    for name in ("epoch", "step", "best", "bad_in_a_row"):
+        setattr(training, name, checkpoint[name])
+    # The sums are those of all processes, so only one of them may go on with the losses.
+    is_mine = {name: training.world.is_main or "loss" not in name for name in checkpoint["sums"]}
+    training.sums = {name: value * is_mine[name] for name, value in checkpoint["sums"].items()}
+
+    if len(checkpoint["rng"]) == training.world.size:
+        rng = checkpoint["rng"][training.world.rank]
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and training.world.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], training.world.device)
 
 
 # --- set-up: data, model, optimizer, resume ---
@@ -203,7 +333,6 @@ def evaluate_training(training: Training, val_set: Dataset) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainArgs:
-    config: tyro.conf.Suppress[Config] = field(default_factory=Config)  # its fields are the flags
     output: Path = Path("runs/train")  # folder that everything is written into
     # Checkpoint to start from, for fine-tuning: ours, the authors', MMDetection's, or a name like
     # sparse-rcnn-r50-100. Tensors of the same name and shape are loaded.
@@ -215,6 +344,7 @@ class TrainArgs:
     check_data: bool = False  # decode every image before training
     # Leave out validation objects of classes that the training data does not have.
     ignore_new_classes: bool = False
+    config: Config = field(default_factory=Config)  # the settings of config.py
 
 
 def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
@@ -222,8 +352,8 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
 
     The settings of a run that is resumed are the defaults of its flags.
     """
-    description = __doc__.split("\n\n")[0]
-    args = parse_args(argv, TrainArgs, "train.py", description, config=preset_from(argv))
+    read = partial(parse_args, argv, TrainArgs, "train.py", __doc__.split("\n\n")[0])
+    args = read(TrainArgs(config=preset_from(argv)))
     resume = args.resume
     if resume == "auto":
         last = args.output / "last.pt"
@@ -239,31 +369,7 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
             f"--preset {args.config.preset}: {resume} is a run of --preset {config.preset}; leave "
             "out --preset"
         )
-    args = parse_args(argv, TrainArgs, "train.py", description, config=config)
-    return replace(args, resume=resume), checkpoint
-
-
-def make_datasets(
-    args: TrainArgs, known_names: Sequence[str] | None
-) -> tuple[Dataset, Dataset | None]:
-    """The training set and the validation set.
-
-    Args:
-        args: the command line.
-        known_names: class names of the checkpoint to resume from; they must be the data's.
-
-    Raises:
-        UserError: the data cannot be trained on.
-    """
-    train_set = make_dataset(args.config, "train", class_names=known_names)
-    val_set = make_dataset(
-        args.config,
-        "val",
-        class_names=train_set.class_names,
-        ignore_new_classes=args.ignore_new_classes,
-    )
-    require_objects(train_set)
-    return train_set, val_set
+    return replace(read(TrainArgs(config=config)), resume=resume), checkpoint
 
 
 def start_training(
@@ -283,7 +389,6 @@ def start_training(
     if not world.is_main:
         torch.manual_seed(config.seed + world.rank)  # dropout differs between the processes
     if config.compile:
-        check_compiler(world.device)
         model.compile()
     optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -291,9 +396,18 @@ def start_training(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    parallel_model: nn.Module = model
+    if world.size > 1:
+        # Gradients are averaged where they are, without a second copy.
+        parallel_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # No buffers in every step: `train` copies them before an evaluation. (The argument of this
+        # name gives a warning from torch 2.14 on, and its new name is not in 2.11.)
+        parallel_model.broadcast_buffers = False
     return Training(
         model,
+        parallel_model,
         optimizer,
+        torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16"),
         config,
         world,
         steps_per_epoch,
@@ -303,82 +417,64 @@ def start_training(
     )
 
 
-def load_weights(
-    training: Training, args: TrainArgs, checkpoint: dict[str, Any] | None
-) -> list[str]:
-    """Resumes, or starts from other weights (--weights is for the first start only); returns notes.
-
-    Raises:
-        UserError: the checkpoint does not fit, or the processes have found different ones.
-    """
-    if checkpoint is not None:
-        training.restore(checkpoint, args.resume)
-        checkpoint.clear()  # the caller holds it too: over 1 GB for the whole run
-    places = training.world.gather((training.epoch, training.step))
-    if len(set(places)) > 1:
-        raise UserError(
-            "the processes have found different checkpoints; put --output on a disk that all "
-            "machines share"
-        )
-    if args.resume is not None:
-        steps = f"step {training.step} of {training.total_steps}"
-        return [f"resumed from {args.resume} at {steps}"]
-    if args.weights is None:
-        return []
-    notes = []
-    with training.world.together():
-        notes = load_what_fits(training.model, args.weights, training.class_names)
-    return notes
-
-
 def run(
     args: TrainArgs,
-    checkpoint: dict[str, Any] | None,
+    checkpoint: dict[str, Any] | None = None,
     build: Callable[..., SparseRCNN] = build_model,
 ) -> int:
     """`main` after the command line is read: data, model, optimizer, resume, then `train`.
 
     Args:
         args: the command line.
-        checkpoint: to resume from, or None; emptied once it is loaded.
+        checkpoint: to resume from; it is emptied once it is loaded.
         build: called as build(config, pretrained_backbone) to make the model.
     """
-    with join_world(args.device) as world:
-        choose_threads(world.device, args.config, max(args.config.min_sizes))
+    with (
+        join_world(args.device) as world,
+        Report(args.output, world, goes_on_from=args.resume) as report,
+    ):
+        choose_threads(world.device, args.config.backbone, args.config.amp)
         known_names = checkpoint["class_names"] if checkpoint is not None else None
-        train_set, val_set = make_datasets(args, known_names)
+        train_set = make_dataset(args.config, "train", class_names=known_names)
+        require_objects(train_set)
+        val_set = make_dataset(
+            args.config,
+            "val",
+            class_names=train_set.class_names,
+            ignore_new_classes=args.ignore_new_classes,
+        )
+        datasets = [dataset for dataset in (train_set, val_set) if dataset is not None]
+        if args.check_data:
+            for dataset in datasets:
+                check_data(dataset, world.rank, world.size)
         config = replace(args.config, num_classes=len(train_set.class_names))
-        lock, notes = None, []
-        with world.together():
-            if world.is_main:
-                warn_of_crowded_images(train_set, config.num_proposals)
-                warn_of_slow_bf16(world.device, config.amp)
-                lock = prepare_output(args.output, args.resume)
-            for dataset in (train_set, val_set):
-                if dataset is not None:
-                    notes += dataset.notes
-                    notes += check_data(dataset, world.rank, world.size, decode=args.check_data)
-
-        sizes_hw = train_set.sizes_hw
-        batches = GroupedBatches(sizes_hw, config.batch_size, config.seed, world.rank, world.size)
-        loader = make_loader(
+        loader = make_train_loader(
             train_set,
-            batches,
+            config.batch_size,
+            config.seed,
+            world,
             config.workers,
-            reseeded=True,
-            batch_bytes=3 * max(config.min_sizes) * config.max_size * batches.share,
+            image_bytes=3 * max(config.min_sizes) * config.max_size,
         )
 
         # A model that is about to be overwritten needs no ImageNet weights.
         build = partial(build, pretrained_backbone=checkpoint is None)
-        training = start_training(config, world, train_set, len(batches), build)
-        check_batch_norms(training, batches.share)
-        notes += load_weights(training, args, checkpoint)
-
-        if world.is_main:
-            print_summary(training, train_set, val_set, notes)
-        with StopSignal() as stop, Report(args.output, training, lock) as report:
-            return train(training, loader, val_set, args.output, report, stop)
+        training = start_training(config, world, train_set, len(loader), build)
+        notes = [note for dataset in datasets for note in dataset.notes]
+        if checkpoint is not None:
+            restore(training, checkpoint, args.resume)
+            checkpoint.clear()  # the caller holds it too: over 1 GB for the whole run
+            steps = f"step {training.step} of {training.total_steps}"
+            notes.append(f"resumed from {args.resume} at {steps}")
+        elif args.weights is not None:
+            notes += load_what_fits(training.model, args.weights, training.class_names)
+        if len(set(world.gather((training.epoch, training.step)))) > 1:
+            raise UserError(
+                "the processes have found different checkpoints; put --output on a disk that all "
+                "machines share"
+            )
+        report.summary(training, train_set, val_set, notes)
+        return train(training, loader, val_set, args.output, report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,9 +32,8 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from data import validation_set
-from model import SparseRCNN, StageOutputs
+from model import SparseRCNN, StageOutputs, load_model
 from support.animation import Panel, write_gif
-from support.checkpoint import load_model
 from support.cli import parse_args, run_main
 from support.devices import choose_threads, pick_device
 from support.errors import UserError

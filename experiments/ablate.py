@@ -57,9 +57,7 @@ from visualize import new_figure, plot_bars, plot_named_lines, save_figure
 # rows would be near the ceiling. An evaluation after each epoch gives the curves.
 ABLATION = replace(PRESETS["shapes"], num_stages=6, data="shapes-crowded", epochs=8)
 # To be watched: fewer stages, proposals and images.
-QUICK = replace(
-    ABLATION, num_stages=3, num_proposals=12, epochs=6, shapes_train=2000, shapes_val=200
-)
+QUICK = replace(ABLATION, num_stages=3, num_proposals=12, shapes_train=1120, shapes_val=200)
 
 # Settings that do not change what is trained; num_classes comes from the data.
 IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes", "compile")

@@ -8,22 +8,6 @@ class UserError(ValueError):
     """
 
 
-class LoadingFailed(UserError):
-    """A batch that could not be loaded; raised in all processes alike, between two steps."""
-
-
-class NotFinite(ArithmeticError):
-    """A training step whose loss or gradient is not finite; raised in all processes alike.
-
-    Args:
-        problem: what is not finite, and why if that is known; None where another process met it.
-    """
-
-    def __init__(self, problem: str | None):
-        super().__init__(problem)
-        self.problem = problem
-
-
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,123 +10,23 @@ code groups them too, but separately in each process, in order of arrival, so th
 depends on the number of processes.
 """
 
-import math
 import os
 import shutil
 import signal
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from support.distributed import World
-from support.errors import LoadingFailed, UserError, first_line
-from support.faults import Clock, Stopped, StopSignal
+from support.errors import UserError
 
 Target = dict[str, Any]
 PREFETCHED_BATCHES = 4  # per worker
-
-
-class Part(NamedTuple):
-    """The images of a batch that go through the model at the same time."""
-
-    images: list[Tensor]
-    targets: list[Target]
-    is_last: bool
-
-
-class Batch(NamedTuple):
-    """What one process trains on in one step, and what all processes agreed on beforehand."""
-
-    images: list[Tensor]  # each (3, H, W) uint8
-    targets: list[Target]  # see data.py
-    num_objects: float  # in the whole batch, over all processes
-    num_images: int = 0  # in the whole batch, over all processes
-    is_save_due: bool = False  # a checkpoint is due after this step
-    started: float = 0.0  # time.perf_counter() before the batch was loaded
-    data_seconds: float = 0.0  # how long this process waited for it
-
-    @property
-    def image_ids(self) -> list[int]:
-        """Of this process's images."""
-        return [target["image_id"] for target in self.targets]
-
-    def parts(self, size: int | None) -> Iterator[Part]:
-        """The batch in parts of at most `size` images; None is the whole batch."""
-        size = size or len(self.images)
-        for first in range(0, len(self.images), size):
-            end = first + size
-            is_last = end >= len(self.images)
-            yield Part(self.images[first:end], self.targets[first:end], is_last)
-
-
-def fetch(
-    loader: DataLoader, world: World, epoch: int, first: int, stop: StopSignal, clock: Clock
-) -> Iterator[Batch]:
-    """The batches of an epoch from number `first` on; ends early if any process gets a signal.
-
-    Before each step the processes exchange how many objects they have, whether any of them was
-    asked to stop or failed to load an image, and whether a checkpoint is due.
-
-    Raises:
-        LoadingFailed: in all processes, if one of them cannot load an image.
-    """
-    loader.batch_sampler.seek(epoch, first)
-    batches = iter(loader)
-    for _ in range(first, len(loader.batch_sampler)):
-        started = time.perf_counter()
-        images, targets, error = [], [], None
-        try:
-            with stop.ends_waiting():
-                images, targets = next(batches)
-        except Stopped:
-            pass  # the others hear of it below
-        except (UserError, OSError, RuntimeError) as problem:  # only this process has met it
-            if stop.signal is None:  # otherwise the workers may have got the signal too
-                error = LoadingFailed(loading_problem(problem))
-        data_seconds = time.perf_counter() - started
-
-        num_objects, num_images, stops, saves, errors = world.sum(
-            sum(len(target["labels"]) for target in targets),
-            len(images),
-            stop.signal is not None,
-            world.is_main and clock.is_due(),
-            error is not None,
-        )
-        if errors:
-            world.raise_together(error, LoadingFailed)
-        if stops:
-            return
-        yield Batch(
-            images, targets, num_objects, int(num_images), bool(saves), started, data_seconds
-        )
-
-
-def loading_problem(error: Exception) -> str:
-    """What went wrong and what to do, in one line, for an error that a loader raised.
-
-    Raises:
-        Exception: the error itself, if it is none that a user can do something about.
-    """
-    if isinstance(error, UserError):
-        return str(error)
-    text = first_line(error)
-    if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed" in text):
-        return (
-            f"a process that loads images was killed ({text}), often because the memory is full; "
-            "continue with --resume auto and fewer --workers"
-        )
-    if "open files" in str(error) or "ancdata" in str(error):
-        return f"too many open files ({text}); raise the limit (ulimit -n) or give fewer --workers"
-    if isinstance(error, OSError):
-        return text
-    raise error
 
 
 class GroupedBatches(Sampler):
@@ -220,108 +120,6 @@ class Reseeded(Dataset):
             torch.set_rng_state(state)  # the model's dropout draws from the same generator
 
 
-class _Guarded(Dataset):
-    """A data set whose `UserError`s are items, so that they travel from a worker as they are.
-
-    A DataLoader would raise them anew with the worker's whole stack trace as their message.
-    """
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.dataset[key]
-        except UserError as error:
-            return error
-
-
-class _Packed(NamedTuple):
-    """A batch on its way from a worker to the main process: all of its tensors as one.
-
-    Each tensor that travels is an open file and a piece of shared memory; a batch of 128 images
-    would be 384 of them, more than some systems allow.
-    """
-
-    buffer: Tensor  # (bytes,) uint8
-    layout: Any  # the batch, with a `_Slot` in place of every tensor
-
-
-class _Slot(NamedTuple):
-    """Where a tensor lies in the buffer."""
-
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """The tensor, which shares the buffer's memory."""
-        size = math.prod(self.shape) * self.dtype.itemsize
-        values = buffer[self.start : self.start + size].view(self.dtype)
-        return values.as_strided(self.shape, self.stride, values.storage_offset())
-
-
-def _pack(batch: Any) -> _Packed:
-    """Raises RuntimeError if the batch does not fit into shared memory."""
-    tensors, slots, end = [], [], 0
-
-    def lay_out(value: Any) -> Any:
-        nonlocal end
-        if isinstance(value, list | tuple):
-            return type(value)(map(lay_out, value))
-        if isinstance(value, dict):
-            return {key: lay_out(item) for key, item in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        value = value.as_subclass(Tensor)
-        # The strides that a copy gets: the order of the dimensions in memory, without gaps.
-        slots.append(_Slot(end, value.dtype, tuple(value.shape), torch.empty_like(value).stride()))
-        tensors.append(value)
-        end += -(-value.nbytes // 16) * 16  # the next one begins at a multiple of 16 bytes
-        return slots[-1]
-
-    layout = lay_out(batch)
-    buffer = torch.empty(end, dtype=torch.uint8).share_memory_()
-    for tensor, slot in zip(tensors, slots, strict=True):
-        slot.view(buffer).copy_(tensor)
-    return _Packed(buffer, layout)
-
-
-def _unpack(packed: _Packed) -> Any:
-    def fill(value: Any) -> Any:
-        if isinstance(value, _Slot):
-            return value.view(packed.buffer)
-        if isinstance(value, list | tuple):
-            return type(value)(map(fill, value))
-        if isinstance(value, dict):
-            return {key: fill(item) for key, item in value.items()}
-        return value
-
-    return fill(packed.layout)
-
-
-def _collate(items: Sequence[Any]) -> Any:
-    """`collate`, packed if this is a worker; or the first `UserError` among the items.
-
-    The queue to the main process would put the batch into shared memory later, in a thread. There,
-    a full /dev/shm loses the batch, and the main process waits for it forever.
-    """
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    batch = collate(items)
-    if get_worker_info() is None:
-        return batch
-    try:
-        return _pack(batch)
-    except RuntimeError as error:
-        return UserError(
-            f"a batch does not fit into shared memory ({first_line(error)}); give fewer --workers "
-            "or a larger /dev/shm (docker run --shm-size=2g)"
-        )
-
-
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
     """(image, target) pairs -> a list of images and a list of targets.
 
@@ -329,21 +127,6 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[
     """
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
-
-
-class Loader(DataLoader):
-    """A DataLoader whose `UserError`s are those of the data set, with no stack trace in them."""
-
-    def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target]]]:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield _unpack(batch) if isinstance(batch, _Packed) else batch
-
-
-def usable_workers(workers: int) -> int:
-    """At most one worker per processor that this process may run on: more only get in the way."""
-    return min(workers, processors())
 
 
 def processors() -> int:
@@ -354,28 +137,20 @@ def processors() -> int:
 
 
 def workers_that_fit(workers: int, batch_bytes: int) -> int:
-    """As many of the workers as shared memory has room for; fewer come with a warning.
+    """As many of the workers as there are processors, and as shared memory has room for.
 
     A batch travels from a worker to the main process through /dev/shm, which has only 64 MB in a
-    container of Docker's defaults.
+    container of Docker's defaults. There, a batch that does not fit kills its worker.
 
     Args:
         workers: of this process.
         batch_bytes: the most that a batch takes.
     """
-    if workers == 0:
-        return 0
-    if not os.path.isdir("/dev/shm"):
-        if sys.platform != "linux":  # macOS and Windows have other ways
-            return workers
-        warnings.warn(
-            "there is no /dev/shm, which workers need: going on with --workers 0", stacklevel=2
-        )
-        return 0
-    # The processes of torchrun share it, and it tells their number. A tenth is left for others.
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    processes = max(1, int(told)) if told.isdecimal() else 1
-    free = 0.9 * shutil.disk_usage("/dev/shm").free / processes
+    workers = min(workers, processors())
+    if workers == 0 or not os.path.isdir("/dev/shm"):  # macOS and Windows have other ways
+        return workers
+    # The processes of torchrun share it. A tenth is left for others.
+    free = 0.9 * shutil.disk_usage("/dev/shm").free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fitting = min(workers, int(free // max(1, PREFETCHED_BATCHES * batch_bytes)))
     if fitting < workers:
         warnings.warn(
@@ -388,17 +163,17 @@ def workers_that_fit(workers: int, batch_bytes: int) -> int:
 
 
 def _start_worker(worker_id: int) -> None:
-    """Runs once in every worker.
-
-    Signals that go to the whole process group must not reach a worker: the step that the main
-    process finishes still needs it. They are not ignored, because multiprocessing ends the workers
-    that are left with SIGTERM and then waits for them.
-    """
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    else:  # Windows has no process groups, and ends workers in another way
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Runs once in every worker."""
+    # Ctrl-C goes to workers too, but the step that the main process finishes still needs them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    _share_by_name()
+
+
+def _share_by_name() -> None:
+    """Tensors from workers are found by name; otherwise each would be an open file (ulimit -n)."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 def make_loader(
@@ -407,7 +182,7 @@ def make_loader(
     workers: int,
     reseeded: bool = False,
     batch_bytes: int = 0,
-) -> Loader:
+) -> DataLoader:
     """Batches of images and targets, decoded ahead by workers that stay from epoch to epoch.
 
     Args:
@@ -421,15 +196,34 @@ def make_loader(
     Returns:
         An iterable of (images, targets), two lists; on a machine with a GPU in pinned memory.
     """
-    workers = workers_that_fit(usable_workers(workers), batch_bytes)
-    return Loader(
-        _Guarded(Reseeded(dataset) if reseeded else dataset),
+    workers = workers_that_fit(workers, batch_bytes)
+    _share_by_name()
+    return DataLoader(
+        Reseeded(dataset) if reseeded else dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # of the loader's own draws: the global one is the model's
     )
+
+
+def make_train_loader(
+    dataset: Dataset, batch_size: int, seed: int, world: World, workers: int, image_bytes: int
+) -> DataLoader:
+    """This process's share of the batches; `loader.batch_sampler.seek` chooses where they start.
+
+    Args:
+        dataset: of (image, target), with `sizes_hw`.
+        batch_size: images per step, over all processes.
+        seed: of the order and of the augmentation.
+        world: the processes.
+        workers: of this process.
+        image_bytes: the most that an image takes.
+    """
+    batches = GroupedBatches(dataset.sizes_hw, batch_size, seed, world.rank, world.size)
+    batch_bytes = image_bytes * batches.share
+    return make_loader(dataset, batches, workers, reseeded=True, batch_bytes=batch_bytes)

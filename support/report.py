@@ -1,45 +1,34 @@
 """What a run reports: a summary, a progress bar, a line per epoch, TensorBoard, curves."""
 
-import contextlib
-import errno
 import json
-import math
 import platform
 import subprocess
 import sys
 import time
-import warnings
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import filelock
 import torch
 import torchvision
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import PRESETS, Config
-from support.checkpoint import Training
+from support.distributed import World
 from support.errors import UserError
-from support.loader import Batch
-from support.plots import plot_curves
-from support.results import write_json
+from support.files import replacing, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOSSES = ("loss", "loss_cls", "loss_l1", "loss_giou")
-LOCK_TIMEOUT_S = 10
-REPLACED = ("config.json", "metrics.jsonl", "curves.png", "best.pt")  # by a run that starts afresh
-PATHS = ("train_json", "train_images", "val_json", "val_images")
-
-
-def with_sums(losses: dict[str, float]) -> dict[str, float]:
-    """Adds `loss_cls`, `loss_l1`, `loss_giou`, each summed over stages, and `loss`, their sum."""
-    kinds = {}
-    for kind in LOSSES[1:]:
-        stages = [value for name, value in losses.items() if name.startswith(f"{kind}_")]
-        kinds[kind] = sum(stages)
-    return {"loss": sum(kinds.values()), **kinds, **losses}
+# The colours of Okabe and Ito, the darker ones first: they stand out on white.
+LINES = ("#0072B2", "#D55E00", "#009E73")
 
 
 def git_revision() -> str:
@@ -53,297 +42,259 @@ def git_revision() -> str:
     return done.stdout.strip()
 
 
-def prepare_output(folder: Path, resume: str | None) -> filelock.BaseFileLock:
-    """Makes the output folder and takes it for this run, before the first epoch is spent on it.
-
-    Returns:
-        A lock that other runs find taken until this one has ended, however it ends.
-
-    Raises:
-        UserError: another run is writing into the folder, an earlier one is in it, or files of
-            another program that this run would replace.
-        OSError: it cannot be written.
-    """
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"--output {str(folder)!r}: the name is not UTF-8, which TensorBoard cannot write to; "
-            "give another --output"
-        ) from None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        # The workers of a run that was killed hold it for a few seconds more.
-        lock.acquire(timeout=LOCK_TIMEOUT_S)
-    except filelock.Timeout:
-        raise UserError(
-            f"{folder}: another run is writing to this folder; give another --output"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
-            raise
-        warnings.warn(
-            f"{folder}: files on this disk cannot be locked ({error.strerror}); make sure that no "
-            "other run writes to the same --output",
-            stacklevel=2,
-        )
-    goes_on = resume is not None and Path(resume).resolve().parent == folder.resolve()
-    if (folder / "last.pt").exists() and not goes_on:
-        raise UserError(
-            f"{folder} holds another run (last.pt): continue it with --resume auto, or give "
-            "another --output"
-        )
-    found = [name for name in REPLACED if (folder / name).exists()]
-    if found and not goes_on and not _is_of_a_run(folder / "config.json"):
-        raise UserError(
-            f"{folder} holds files that are not from train.py ({', '.join(found)}) and would be "
-            "replaced; give another --output"
-        )
-    return lock
-
-
-def _is_of_a_run(config_json: Path) -> bool:
-    """Whether it is the file that a run writes before all others."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # not JSON, no dict
-        values = json.loads(config_json.read_text(encoding="utf-8"))
-        Config.from_dict(values)
-        return "preset" in values  # a run writes every setting
-    return False
-
-
-def warn_of_crowded_images(dataset: Dataset, num_proposals: int) -> None:
-    """One-to-one matching leaves objects out if an image has more of them than proposals."""
-    counts = dataset.objects_per_image
-    crowded = int((counts > num_proposals).sum())
-    if crowded:
-        warnings.warn(
-            f"{crowded} of {len(counts)} training images have more objects (up to "
-            f"{int(counts.max())}) than the model has proposals ({num_proposals}); in each of them "
-            f"only {num_proposals} objects are learned at a time. Consider a larger "
-            "--num-proposals",
-            stacklevel=2,
-        )
-
-
-def print_summary(
-    training: Training, train_set: Dataset, val_set: Dataset | None, notes: list[str]
-) -> None:
-    """What is about to run: versions, devices, data, and the settings that were changed."""
-    config, world = training.config, training.world
-    device = f"{world.device.type} ({torch.get_num_threads()} threads)"
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
-
-    per_process = config.batch_size // world.size
-    at_a_time = min(config.micro_batch or per_process, per_process)
-    trained, frozen = 0.0, 0.0
-    for parameter in training.model.parameters():
-        if parameter.requires_grad:
-            trained += parameter.numel() / 1e6
-        else:
-            frozen += parameter.numel() / 1e6
-
-    preset, settings = PRESETS[config.preset].to_dict(), config.to_dict()
-    ignored = ("num_classes", *PATHS)  # they follow from the data
-    changed = [
-        f"{f.name}={settings[f.name]}"
-        for f in fields(config)
-        if settings[f.name] != preset[f.name] and f.name not in ignored
-    ]
-
-    num_objects = int(train_set.objects_per_image.sum())
-    validation = f"{len(val_set)} images" if val_set is not None else "none"
-    print(
-        f"versions      python {platform.python_version()}, torch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}, revision {git_revision()}\n"
-        f"devices       {world.size} × {device}\n"
-        f"batch         {config.batch_size} images: {world.size} processes × {per_process}, "
-        f"{at_a_time} at a time\n"
-        f"data          {len(train_set)} images, {num_objects} objects of "
-        f"{len(train_set.class_names)} classes; validation: {validation}\n"
-        f"parameters    {trained:.2f} M trained, {frozen:.2f} M frozen\n"
-        f"settings      preset {config.preset}{''.join(f', {change}' for change in changed)}"
-    )
-    if config.lr is None and config.batch_size != 16:
-        print(
-            f"learning rate {config.learning_rate:.3g} = {config.lr_at_16:.3g} × "
-            f"{config.batch_size}/16: linear in the batch size, because --lr is not given"
-        )
-    for note in notes:
-        print(note)
+def with_sums(losses: dict[str, float]) -> dict[str, float]:
+    """Adds `loss_cls`, `loss_l1`, `loss_giou`, each summed over stages, and `loss`, their sum."""
+    kinds = {}
+    for kind in LOSSES[1:]:
+        stages = [value for name, value in losses.items() if name.startswith(f"{kind}_")]
+        kinds[kind] = sum(stages)
+    return {"loss": sum(kinds.values()), **kinds, **losses}
 
 
 class Report:
-    """Collects the values of every step, prints them and writes them to files.
+    """Adds up the values of every step, and in the main process prints and writes them.
 
-    The main process writes metrics.jsonl, config.json, TensorBoard events and curves.png into the
-    output folder, and shows progress. The others only add up the values for the checkpoint.
+    `training` in the methods is the `Training` of train.py; its `sums` are kept here.
 
     Args:
-        output: the folder.
-        training: lines of later epochs than its own, from a run that was cut off, are removed.
-        lock: of the folder, released at the end.
+        output: the folder, which no other run may write to until this one ends.
+        world: the processes.
+        goes_on_from: the checkpoint that the run resumes from, if any.
+
+    Raises:
+        UserError: another run is writing into the folder, or an earlier one is in it.
+        OSError: the folder cannot be written.
     """
 
-    def __init__(self, output: Path, training: Training, lock: filelock.BaseFileLock | None = None):
-        self.output, self.training, self.lock = output, training, lock
-        self.is_main = training.world.is_main
+    def __init__(self, output: Path, world: World, goes_on_from: str | None = None):
+        self.output, self.world = output, world
         self.lines = output / "metrics.jsonl"
         self.bar = tqdm(disable=True)
-        if not self.is_main:
+        self.board: SummaryWriter | None = None
+        self.started = self.loaded = time.perf_counter()
+        if not world.is_main:
             return
-        write_json(output / "config.json", training.config.to_dict(), indent=2)
-        self._forget_later_epochs()
-        # Events after the checkpoint, from a run that was cut off, are hidden.
-        self.board = SummaryWriter(str(output), purge_step=training.step)
+        output.mkdir(parents=True, exist_ok=True)
+        self.lock = open(output / ".lock", "w")  # noqa: SIM115
+        try:
+            # It is free again when this process has ended, however it ends, and its workers, which
+            # may live on for some seconds, do not hold it.
+            if fcntl is not None:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # a disk without locks raises another OSError
+            raise UserError(
+                f"{output}: another run is writing to this folder; give another --output"
+            ) from None
+        except OSError as error:
+            print(f"warning: {output} cannot be locked ({error.strerror}); use it for one run only")
+        is_same = goes_on_from and Path(goes_on_from).resolve().parent == output.resolve()
+        if (output / "last.pt").exists() and not is_same:
+            raise UserError(
+                f"{output} holds another run (last.pt): continue it with --resume auto, or give "
+                "another --output"
+            )
 
-    def _forget_later_epochs(self) -> None:
-        old = self.lines.read_text(encoding="utf-8") if self.lines.exists() else ""
-        kept = ""
-        for line in old.splitlines():
-            is_whole = line.endswith("}")  # the last one may have been cut off
-            if is_whole and json.loads(line)["epoch"] <= self.training.epoch:
-                kept += f"{line}\n"
-        temporary = self.lines.with_name("metrics.jsonl.tmp")
-        temporary.write_text(kept, encoding="utf-8")
-        temporary.replace(self.lines)
-
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.is_main:
+        if self.board is not None:
             self.board.close()
-        if self.lock is not None:
-            self.lock.release()
+        if self.world.is_main:
+            self.lock.close()
 
     def say(self, text: str) -> None:
         """Prints, in the main process."""
-        if self.is_main:
+        if self.world.is_main:
             print(text, flush=True)
 
-    def start_epoch(self) -> None:
-        """New sums, unless the run was resumed in mid-epoch, and a new progress bar."""
-        training = self.training
-        if training.steps_into_epoch == 0:
+    def summary(
+        self, training: Any, train_set: Dataset, val_set: Dataset | None, notes: Sequence[str]
+    ) -> None:
+        """Says what is about to run: versions, devices, data, settings. Starts the files."""
+        if not self.world.is_main:
+            return
+        config, world = training.config, self.world
+        device = f"{world.device.type} ({torch.get_num_threads()} threads)"
+        if world.device.type == "cuda":
+            device = torch.cuda.get_device_name(world.device)
+        counts = train_set.objects_per_image
+        trained, frozen = (
+            sum(p.numel() for p in training.model.parameters() if p.requires_grad == is_trained)
+            for is_trained in (True, False)
+        )
+        per_process = config.batch_size // world.size
+        validation = f"{len(val_set)} images" if val_set is not None else "none"
+        print(
+            f"versions      python {platform.python_version()}, torch {torch.__version__}, "
+            f"torchvision {torchvision.__version__}, revision {git_revision()}\n"
+            f"devices       {world.size} × {device}\n"
+            f"batch         {config.batch_size} images: {world.size} processes × {per_process}, "
+            f"{min(config.micro_batch or per_process, per_process)} at a time\n"
+            f"data          {len(train_set)} images, {counts.sum()} objects of "
+            f"{len(train_set.class_names)} classes; validation: {validation}\n"
+            f"steps         {training.total_steps} in {config.epochs} epochs, learning rate "
+            f"{config.learning_rate:.3g}\n"
+            f"parameters    {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen\n"
+            f"settings      {', '.join([f'preset {config.preset}', *config.changes()])}"
+        )
+        if crowded := int((counts > config.num_proposals).sum()):
+            print(
+                f"note: {crowded} of {len(counts)} training images have more objects (up to "
+                f"{counts.max()}) than there are proposals ({config.num_proposals}), of which each "
+                "takes one; consider a larger --num-proposals"
+            )
+        print(*(f"note: {note}" for note in notes), sep="\n", flush=True)
+
+        write_json(self.output / "config.json", config.to_dict(), indent=2)
+        # A run that was cut off may have reported epochs that are not in its checkpoint.
+        old = self.lines.read_text(encoding="utf-8").splitlines() if self.lines.exists() else []
+        whole = [json.loads(line) for line in old if line.endswith("}")]
+        kept = [line for line in whole if line["epoch"] <= training.epoch]
+        with replacing(self.lines) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.board = SummaryWriter(str(self.output), purge_step=training.step)
+
+    def start_epoch(self, training: Any) -> None:
+        """Starts the progress bar, and the sums unless the epoch was begun before."""
+        first = training.step - training.epoch * training.steps_per_epoch
+        if first == 0:
             training.sums.clear()
-        # None: only on a terminal. Standard error itself is None if it is closed.
-        is_hidden = None if self.is_main and sys.stderr else True
         self.bar = tqdm(
             total=training.steps_per_epoch,
-            initial=training.steps_into_epoch,
+            initial=first,
             desc=f"epoch {training.epoch + 1}/{training.config.epochs}",
             unit="step",
-            disable=is_hidden,
+            # None: only on a terminal. Standard error itself is None if it is closed.
+            disable=None if self.world.is_main and sys.stderr else True,
         )
+        self.started = time.perf_counter()
 
-    def step(self, batch: Batch, values: dict[str, float]) -> None:
+    def batch_is_loaded(self) -> None:
+        """Ends the time that the step has waited for its images."""
+        self.loaded = time.perf_counter()
+
+    def step(self, training: Any, values: dict[str, float], num_images: int) -> None:
         """Adds a step's values to the epoch's and shows them.
 
         Args:
-            batch: what was trained on.
-            values: losses and gradient norm, or `{"bad_steps": 1}` for a step that was skipped.
+            training: after the step.
+            values: of `train_step`; those of a skipped step are only counted.
+            num_images: in the whole batch.
         """
-        seconds = time.perf_counter() - batch.started
-        is_fine = "bad_steps" not in values
-        values = with_sums(values) if is_fine else dict(values)
-        values |= {"steps": 1, "images": batch.num_images}
-        values |= {"seconds": seconds, "data_seconds": batch.data_seconds}
-        sums = self.training.sums
+        now = time.perf_counter()
+        is_taken = training.bad_in_a_row == 0
+        values = with_sums(values) if is_taken else {"bad_steps": 1}
+        values |= {"steps": 1, "images": num_images}
+        values |= {"seconds": now - self.started, "data_seconds": self.loaded - self.started}
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value
+            training.sums[name] = training.sums.get(name, 0.0) + value
 
-        shown = {name.removeprefix("loss_"): f"{values[name]:.3g}" for name in LOSSES if is_fine}
-        shown["lr"] = f"{self._learning_rate():.2g}"
-        shown["img/s"] = f"{batch.num_images / seconds:.1f}"
-        if (memory_gb := self._memory_gb()) is not None:
-            shown["GB"] = f"{memory_gb:.1f}"
-        self.bar.set_postfix(shown, refresh=False)
+        if self.world.is_main and is_taken:
+            # This process's images stand for all.
+            shown = {name: self.world.size * values[name] for name in LOSSES}
+            rate = training.optimizer.param_groups[0]["lr"]
+            short = {name.removeprefix("loss_"): f"{value:.3g}" for name, value in shown.items()}
+            self.bar.set_postfix(
+                short | {"lr": f"{rate:.2g}", "img/s": f"{num_images / values['seconds']:.1f}"},
+                refresh=False,
+            )
+            if training.step % 20 == 0:
+                for name, value in (shown | {"grad_norm": values["grad_norm"]}).items():
+                    self.board.add_scalar(f"step/{name}", value, training.step)
         self.bar.update()
+        self.started = now
 
-        if self.is_main and is_fine and self.training.step % 20 == 0:
-            for name in (*LOSSES, "grad_norm"):
-                self.board.add_scalar(f"step/{name}", values[name], self.training.step)
-
-    def say_stopped(self, number: int) -> None:
-        """For a run that was stopped by a signal, after its checkpoint was written."""
-        where = f"step {self.training.step}; saved {self.output / 'last.pt'}"
-        self.say(f"stopped by signal {number} at {where}")
-
-    def say_written(self) -> None:
-        """For the end of a run: what is in the output folder."""
-        if self.is_main:
-            files = sorted(p.name for p in self.output.iterdir() if not p.name.startswith("."))
-            print(f"written: {', '.join(files)} in {self.output}", flush=True)
-
-    def end_epoch(self, metrics: dict[str, Any]) -> None:
+    def end_epoch(self, training: Any, metrics: dict[str, Any]) -> None:
         """The epoch's line in metrics.jsonl and on the terminal, its events, and the curves.
 
+        All processes have to call this.
+
         Args:
+            training: its `epoch` is the one that has ended.
             metrics: of the evaluation; empty if there was none.
 
         Raises:
             OSError: a file cannot be written.
         """
         self.bar.close()
-        if not self.is_main:
+        sums = training.summed()
+        if not self.world.is_main:
             return
-        training = self.training
-        line = self._epoch_line(metrics)
-        try:
-            with open(self.lines, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OSError(f"{self.lines}: {error}") from error
-
-        for name, value in line.items():
-            self.board.add_scalar(f"epoch/{name}", value, training.epoch)
-        self.board.flush()
-
-        parts = ", ".join(
-            f"{name.removeprefix('loss_')} {line.get(name, math.nan):.3f}" for name in LOSSES[1:]
+        steps, bad_steps = (int(sums.pop(name, 0)) for name in ("steps", "bad_steps"))
+        images, seconds, data_seconds = (
+            sums.pop(name, 0.0) for name in ("images", "seconds", "data_seconds")
         )
-        skipped = f", {line['bad_steps']} steps skipped" if line["bad_steps"] else ""
-        self.say(
-            f"epoch {training.epoch}/{training.config.epochs}: loss "
-            f"{line.get('loss', math.nan):.3f} ({parts}), lr {line['lr']:.2g}, "
-            f"{line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} of the time "
-            f"waiting for data{skipped}"
-        )
-        try:
-            plot_curves(self.lines, self.output / "curves.png")
-        except OSError as error:  # no reason to end a run
-            warnings.warn(f"the curves could not be drawn: {error}", stacklevel=2)
-
-    def _epoch_line(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        means = dict(self.training.sums)
-        steps = means.pop("steps", 0.0)
-        bad_steps = means.pop("bad_steps", 0.0)
-        images = means.pop("images", 0.0)
-        seconds = max(means.pop("seconds", 0.0), 1e-9)
-        data_seconds = means.pop("data_seconds", 0.0)
+        seconds = max(seconds, 1e-9)  # of an epoch without steps
         line = {
-            "epoch": self.training.epoch,
-            "step": self.training.step,
-            **{name: value / max(1, steps - bad_steps) for name, value in means.items()},
-            "lr": self._learning_rate(),
+            "epoch": training.epoch,
+            "step": training.step,
+            **{name: value / max(1, steps - bad_steps) for name, value in sums.items()},
+            "lr": training.optimizer.param_groups[0]["lr"],
             "images_per_second": images / seconds,
             "data_wait": data_seconds / seconds,  # share of the time spent waiting for images
-            "bad_steps": int(bad_steps),
+            "bad_steps": bad_steps,
             **{name: value for name, value in metrics.items() if name.startswith("A")},
             "time": time.time(),
         }
-        if (memory_gb := self._memory_gb()) is not None:
-            line["memory_gb"] = memory_gb
-        return line
+        if self.world.device.type == "cuda":
+            line["memory_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9
 
-    def _learning_rate(self) -> float:
-        return self.training.optimizer.param_groups[0]["lr"]
+        with open(self.lines, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            self.board.add_scalar(f"epoch/{name}", value, training.epoch)
+        self.board.flush()
+        plot_curves(self.lines, self.output / "curves.png")
 
-    def _memory_gb(self) -> float | None:
-        device = self.training.world.device
-        if device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        parts = [f"{name.removeprefix('loss_')} {line.get(name, 0):.3f}" for name in LOSSES]
+        skipped = f", {bad_steps} steps skipped" if bad_steps else ""
+        self.say(
+            f"epoch {training.epoch}/{training.config.epochs}: {', '.join(parts)}, lr "
+            f"{line['lr']:.2g}, {line['images_per_second']:.1f} images/s, "
+            f"{line['data_wait']:.0%} of the time waiting for data{skipped}"
+        )
+
+
+# --- curves ---
+
+
+def plot_curves(metrics_jsonl: Path, output: Path) -> None:
+    """Draws the losses, the AP and the learning rate of a training run over its epochs.
+
+    Args:
+        metrics_jsonl: written by `train.py`, one line per epoch.
+        output: the picture to write, as PNG.
+    """
+    text = Path(metrics_jsonl).read_text(encoding="utf-8")
+    epochs = [json.loads(line) for line in text.splitlines()]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    loss_axes, ap_axes, rate_axes = figure.subplots(1, 3)
+
+    _plot(loss_axes, epochs, {"loss_cls": "class (focal)", "loss_l1": "L1", "loss_giou": "GIoU"})
+    loss_axes.set(title="training loss, summed over stages", ylabel="loss", ylim=(0, None))
+    _plot(ap_axes, epochs, {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}, scale=100)
+    ap_axes.set(title="validation", ylabel="AP, points of 100", ylim=(0, 100))
+    _plot(rate_axes, epochs, {"lr": "learning rate"})
+    rate_axes.set(title="rate at the end of the epoch", ylabel="learning rate", ylim=(0, None))
+
+    with replacing(output) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _plot(
+    axes: Axes, epochs: Sequence[Mapping[str, Any]], labels: Mapping[str, str], scale: float = 1.0
+) -> None:
+    """One line per key of `labels`, over the epochs that have a value for it, times `scale`."""
+    for (key, label), colour in zip(labels.items(), LINES, strict=False):
+        known = [line for line in epochs if line.get(key, -1) >= 0]  # −1: AP that is not defined
+        if known:
+            x = [line["epoch"] for line in known]
+            y = [scale * line[key] for line in known]
+            axes.plot(x, y, marker="o", markersize=3, label=label, color=colour)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
-from torch import Tensor
 
 from config import Config
-from support.checkpoint import load_checkpoint, save_checkpoint
+from model import build_model
+from support.checkpoint import KEYS, load_checkpoint, save_checkpoint
 from support.cli import parse_args, run_main
 from support.convert import COCO_CLASSES, convert_checkpoint
 from support.errors import UserError
@@ -26,7 +27,8 @@ __all__ = ["convert_checkpoint"]
 
 @dataclass(frozen=True)
 class ConvertArgs:
-    source: tyro.conf.Positional[Path]  # checkpoint of the authors' code, of MMDetection or of ours
+    # Checkpoint of the authors' code, of MMDetection or of ours, or the name of published weights.
+    source: tyro.conf.Positional[Path]
     output: tyro.conf.Positional[Path]  # file to write
     # Store floats in float16, which halves the file. They are loaded as float32 again.
     half: bool = False
@@ -39,52 +41,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: a mistake that the user can fix.
     """
     args = parse_args(argv, ConvertArgs, "python -m tools.convert", __doc__.split("\n\n")[0])
-    if args.output.is_dir():
-        raise UserError(f"{args.output}: this is a folder; give the file to write")
-    if args.source.exists() and args.output.exists() and args.output.samefile(args.source):
-        raise UserError(
-            f"{args.output}: would replace its own source, which may hold the state of a training; "
-            "give another file to write"
-        )
+    if args.output.resolve() == args.source.resolve():
+        raise UserError(f"{args.output}: would replace its own source; give another file to write")
     checkpoint = load_checkpoint(args.source)
-    model = checkpoint["model"]
-    if args.half:
-        model = to_half(model, args.source)
     config = Config.from_dict(checkpoint["config"])
-    class_names = list(checkpoint["class_names"])
-    save_checkpoint(
-        args.output,
-        {
-            "model": model,
-            "config": config.to_dict(),
-            "class_names": class_names,
-            "category_ids": list(checkpoint["category_ids"]),
-        },
-    )
+    with torch.device("meta"):  # only shapes, to find out whether the tensors are all there
+        model = build_model(config, pretrained_backbone=False)
+    model.load_state_dict(checkpoint["model"])
 
+    if args.half:
+        for key, value in checkpoint["model"].items():
+            checkpoint["model"][key] = half = value.half() if value.is_floating_point() else value
+            if not half.isfinite().all():
+                raise UserError(f"{args.source}: {key} is too large for float16; leave out --half")
+    checkpoint["config"] = config.to_dict()
+    save_checkpoint(args.output, {key: checkpoint[key] for key in KEYS})
+
+    class_names = list(checkpoint["class_names"])
     is_coco = class_names == list(COCO_CLASSES.values())
     print(
         f"{args.output}: {config.backbone}, {config.num_proposals} proposals, "
         f"{config.num_stages} stages, {len(class_names)} classes{' (COCO)' if is_coco else ''}, "
-        f"{len(model)} tensors, {args.output.stat().st_size / 1e6:.1f} MB"
+        f"{len(checkpoint['model'])} tensors, {args.output.stat().st_size / 1e6:.1f} MB"
     )
-
-
-def to_half(state_dict: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """A state dict with all floats in float16.
-
-    Raises:
-        UserError: a value is too large for that, or it was not finite before.
-    """
-    half = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in state_dict.items()
-    }
-    if large := [key for key, value in half.items() if not value.isfinite().all()]:
-        raise UserError(
-            f"{source}: not finite in float16: {', '.join(large[:6])}; leave out --half"
-        )
-    return half
 
 
 if __name__ == "__main__":

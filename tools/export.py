@@ -34,8 +34,7 @@ import tyro
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from model import SparseRCNN
-from support.checkpoint import load_model
+from model import SparseRCNN, load_model
 from support.cli import parse_args, run_main
 from support.errors import UserError, first_line
 from support.onnx_detector import INPUT, METADATA, OUTPUTS, OnnxDetector, needed
