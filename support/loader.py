@@ -129,11 +129,10 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[
     return list(images), list(targets)
 
 
-def processors() -> int:
-    """How many processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def usable_workers(workers: int) -> int:
+    """At most one worker per processor that this process may run on: more only get in the way."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return min(workers, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
 
 
 def workers_that_fit(workers: int, batch_bytes: int) -> int:
@@ -146,7 +145,7 @@ def workers_that_fit(workers: int, batch_bytes: int) -> int:
         workers: of this process.
         batch_bytes: the most that a batch takes.
     """
-    workers = min(workers, processors())
+    workers = usable_workers(workers)
     if workers == 0 or not os.path.isdir("/dev/shm"):  # macOS and Windows have other ways
         return workers
     # The processes of torchrun share it. A tenth is left for others.

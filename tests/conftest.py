@@ -19,13 +19,8 @@ from torch import nn
 
 from config import PRESETS, Config
 from shapes import ShapesDataset
-from support.checkpoint import Training
 from support.distributed import World
-from support.errors import NotFinite
-from support.faults import skip, statistics_restored
-from support.loader import Batch
-from support.report import with_sums
-from train import start_training, train_step
+from train import Training, start_training, train_step
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "tests/reference"
@@ -150,15 +145,10 @@ def new_training(config: Config, world: World = CPU, steps_per_epoch: int = 10) 
 def take_step(
     training: Training, images: list[torch.Tensor], targets: list[dict], num_objects: float
 ) -> dict[str, float]:
-    """A step as the loop of train.py takes it; its losses, or {"bad_steps": 1} if it is skipped."""
-    try:
-        with statistics_restored(training.model):
-            values = with_sums(train_step(training, Batch(images, targets, num_objects)))
-        training.bad_in_a_row = 0
-    except NotFinite as error:
-        values = skip(training, [target["image_id"] for target in targets], error)
+    """A step as the loop of train.py takes it: its losses, their sum `loss`, and `grad_norm`."""
+    values = train_step(training, images, targets, num_objects)
     training.step += 1
-    return values
+    return {"loss": sum(v for k, v in values.items() if k.startswith("loss")), **values}
 
 
 def torchrun(*args: str, processes: int = 2, **kwargs: Any) -> subprocess.CompletedProcess:
