@@ -15,6 +15,8 @@ import tyro
 
 from support.errors import UserError, first_line
 
+LOST = "lost the other processes"
+
 
 def parse_args(
     argv: Sequence[str] | None, into: type, prog: str, description: str, default: Any = None
@@ -62,8 +64,15 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
             stream.reconfigure(errors="backslashreplace")
     # Python would also print the line of code that warned, which does not help a user.
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
-    # Like Ctrl-C it raises an exception, so that what is done can still be written.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    is_ended = False
+
+    def end(number: int, _: object) -> None:
+        """Like Ctrl-C it raises an exception, so that what is done can still be written."""
+        nonlocal is_ended
+        is_ended = True
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     is_main = os.environ.get("RANK", "0") == "0"  # torchrun sets it
     if not is_main:
         warnings.simplefilter("ignore")
@@ -83,10 +92,13 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
         problem = _problem(error)
         if problem is None:
             raise
-    if not is_main:
-        # Several processes may have met the same mistake. The main one says it at once, and then
-        # torchrun ends the others, here. If the mistake is this process's own, it has to say it.
-        time.sleep(5)
+    if not is_main or problem.startswith(LOST):
+        # The main process says at once what all of them have met, and the one that failed says what
+        # the others have lost. Then torchrun ends this process, here. Otherwise it has to speak.
+        for _ in range(50):
+            if is_ended:
+                return 128 + signal.SIGTERM
+            time.sleep(0.1)
     print(f"{prog}: {problem}", file=sys.stderr, flush=True)
     return 2
 
@@ -103,7 +115,7 @@ def _problem(error: Exception) -> str | None:
         problems = "; ".join(line.strip() for line in text.splitlines()[1:])
         return f"the weights do not fit the model; {problems:.500}"
     if isinstance(error, dist.DistError) or ("gloo" in text and isinstance(error, RuntimeError)):
-        return f"lost the other processes; the first error above is the cause ({first_line(error)})"
+        return f"{LOST}; the first error above is the cause ({first_line(error)})"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
         return (
             f"the memory is full ({first_line(error)}); take fewer images at a time "

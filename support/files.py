@@ -15,7 +15,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     A process that is killed, or a disk that is full, leaves what was there before.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:32]}.{os.getpid()}.tmp")
+    # Always the same name: what a killed process leaves behind is overwritten by the next one.
+    temporary = path.with_name(f".{path.name[:200]}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -163,8 +163,10 @@ def workers_that_fit(workers: int, batch_bytes: int) -> int:
 
 def _start_worker(worker_id: int) -> None:
     """Runs once in every worker."""
-    # Ctrl-C goes to workers too, but the step that the main process finishes still needs them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals to the whole process group must not reach a worker: the step that the main process
+    # finishes still needs it. They are not ignored, because that is how workers are ended.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     _share_by_name()

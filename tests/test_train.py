@@ -1,6 +1,5 @@
 """train.py as people use it: command line, output, resuming, faults, precision, fine-tuning."""
 
-import errno
 import json
 import os
 import random
@@ -18,18 +17,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT, TINY, new_training, reference_weights, take_step, torchrun
-from matplotlib.figure import Figure
 
 import train
 from config import PRESETS, Config
-from data import CocoDataset, make_dataset
+from data import make_dataset
 from evaluate import evaluate
-from model import SparseRCNN, build_model
+from model import SparseRCNN, build_model, load_model
 from shapes import ShapesDataset
-from support import report
-from support.checkpoint import load_checkpoint, load_model, load_what_fits, save_checkpoint
-from support.errors import NotFinite, UserError
-from support.faults import skip
+from support.checkpoint import load_checkpoint, load_what_fits, save_checkpoint
+from support.errors import UserError
 from train import learning_rate, main, train_step
 
 TRAIN = str(ROOT / "train.py")
@@ -45,11 +41,17 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def shapes_batch() -> tuple[list[torch.Tensor], list[dict]]:
+    dataset = ShapesDataset("demo", "train", 4)
+    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
+    return list(images), list(targets)
+
+
 def data_flags(train_set: tuple[Path, Path], val_set: tuple[Path, Path] | None = None) -> list[str]:
     flags = ["--train-json", str(train_set[0]), "--train-images", str(train_set[1])]
-    return flags + (
-        ["--val-json", str(val_set[0]), "--val-images", str(val_set[1])] if val_set else []
-    )
+    if val_set is not None:
+        flags += ["--val-json", str(val_set[0]), "--val-images", str(val_set[1])]
+    return flags
 
 
 # --- the command line ---
@@ -59,79 +61,37 @@ def test_a_run_on_ones_own_data_writes_what_the_contract_says(
     make_coco, tiny_flags: list[str], tmp_path: Path
 ) -> None:
     """With odd category ids, in another order in the validation file."""
-    own = data_flags(
-        make_coco("train", 8), make_coco("val", 3, categories={2: "cow", 9: "cat", 4: "dog"})
-    )
+    val_set = make_coco("val", 3, categories={2: "cow", 9: "cat", 4: "dog"})
     output = tmp_path / "run"
-    command = [
-        sys.executable,
-        TRAIN,
-        *tiny_flags,
-        *own,
-        "--epochs",
-        "2",
-        "--output",
-        str(output),
-        "--check-data",
-    ]
-    done = subprocess.run(
-        [*command, "--workers", "1"], cwd=tmp_path, capture_output=True, text=True
-    )
+    flags = [*tiny_flags, *data_flags(make_coco("train", 8), val_set), "--epochs", "2"]
+    flags += ["--output", str(output), "--check-data", "--workers", "1"]
+    command = [sys.executable, TRAIN, *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "8 images, 16 objects of 3 classes; validation: 3 images" in done.stdout
-    assert "learning rate 0.00025 = 0.001 × 4/16" in done.stdout and "epoch 2/2" in done.stdout
-    assert set(os.listdir(output)) >= {
-        "last.pt",
-        "best.pt",
-        "metrics.jsonl",
-        "config.json",
-        "curves.png",
-    }
+    assert "4 in 2 epochs, learning rate 0.00025" in done.stdout and "epoch 2/2" in done.stdout
+    assert "preset shapes, " in done.stdout and "num_proposals=7" in done.stdout
+    files = {"last.pt", "best.pt", "metrics.jsonl", "config.json", "curves.png"}
+    assert set(os.listdir(output)) >= files
     assert any(name.startswith("events.out") for name in os.listdir(output))
+
     checkpoint = load_checkpoint(output / "last.pt")
-    keys = {
-        "model",
-        "config",
-        "class_names",
-        "category_ids",
-        "optimizer",
-        "schedule",
-        "epoch",
-        "step",
-        "rng",
-        "best",
-    }
-    assert set(checkpoint) >= keys
-    assert checkpoint["class_names"] == ["dog", "cat", "cow"] and checkpoint["category_ids"] == [
-        -3,
-        7,
-        1000,
-    ]
+    keys = "model config class_names category_ids optimizer schedule epoch step rng best"
+    assert set(checkpoint) >= set(keys.split())
+    assert checkpoint["class_names"] == ["dog", "cat", "cow"]
+    assert checkpoint["category_ids"] == [-3, 7, 1000]
     assert checkpoint["epoch"] == 2 and checkpoint["step"] == 4
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    wanted = {
-        "loss",
-        "loss_cls",
-        "loss_l1",
-        "loss_giou",
-        "loss_cls_0",
-        "AP",
-        "AP50",
-        "AP75",
-        "APs",
-        "APm",
-        "APl",
-    }
-    assert set(lines[0]) >= wanted | {"lr", "images_per_second", "data_wait", "bad_steps"}
+    names = "loss loss_cls loss_l1 loss_giou loss_cls_0 AP AP50 AP75 APs APm APl lr bad_steps"
+    assert set(lines[0]) >= {*names.split(), "images_per_second", "data_wait"}
     assert Config.from_dict(json.loads((output / "config.json").read_text())).num_classes == 3
     # What evaluate.py makes of the file is what training said of it.
     model, rest = load_model(output / "last.pt")
-    val_set = train.make_dataset(rest["config"], "val", class_names=rest["class_names"])
+    val_set = make_dataset(rest["config"], "val", class_names=rest["class_names"])
     assert val_set.category_ids == (4, 9, 2)
-    assert evaluate(model, val_set, CPU, progress=False)[0]["AP"] == pytest.approx(
-        lines[-1]["AP"], abs=1e-6
-    )
+    ap = evaluate(model, val_set, CPU, progress=False)[0]["AP"]
+    assert ap == pytest.approx(lines[-1]["AP"], abs=1e-6)
 
 
 def test_without_coco_the_message_says_what_to_do(
@@ -180,68 +140,11 @@ def test_an_output_folder_that_cannot_be_written_or_is_taken(
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("config.json", '{"lr": 0.1}'),
-        ("config.json", '{"preset": "fast", "threads": 3}'),
-        ("config.json", "[1, 2]"),
-        ("metrics.jsonl", '{"step": 1}'),
-        ("curves.png", "a picture"),
-        ("best.pt", "weights"),
-    ],
-)
-def test_files_of_another_program_are_not_replaced(name: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=rf"not from train.py \({name}\).*another --output"):
-        report.prepare_output(tmp_path, None)
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_may_start_afresh(
-    tmp_path: Path,
+def test_progress_without_standard_error(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch
 ) -> None:
-    with report.Report(tmp_path, new_training(TINY)):
-        pass
-    assert {"config.json", "metrics.jsonl"} <= set(os.listdir(tmp_path))
-    report.prepare_output(tmp_path, None).release()
-
-
-def test_an_output_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
-    folder = tmp_path / "Bilder_\udce9"  # as Python reads the byte E9
-    with pytest.raises(UserError, match="--output .*udce9.*not UTF-8"):
-        report.prepare_output(folder, None)
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_is_a_warning(number: int, tmp_path: Path, monkeypatch) -> None:
-    def flock(*_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.warns(UserWarning, match=f"cannot be locked .{os.strerror(number)}"):
-        report.prepare_output(tmp_path, None).release()
-
-
-def test_progress_without_standard_error(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)  # as Python has it after 2>&-
-    with report.Report(tmp_path, new_training(TINY)) as run:
-        run.start_epoch()
-
-
-def test_curves_that_cannot_be_written_do_not_end_a_run(tmp_path: Path, monkeypatch) -> None:
-    def full(figure: Figure, path: Path, **_: object) -> None:
-        Path(path).write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "curves.png").write_text("yesterday's")
-    monkeypatch.setattr(Figure, "savefig", full)
-    with (
-        report.Report(tmp_path, new_training(TINY)) as run,
-        pytest.warns(UserWarning, match="curves could not be drawn.*No space.*curves.png"),
-    ):
-        run.end_epoch({})
-    assert (tmp_path / "curves.png").read_text() == "yesterday's"
-    assert not list(tmp_path.glob("*.tmp"))
+    assert main([*tiny_flags, "--output", str(tmp_path)]) == 0
 
 
 def test_mistakes_in_data(make_coco, tiny_flags: list[str], tmp_path: Path) -> None:
@@ -254,23 +157,24 @@ def test_mistakes_in_data(make_coco, tiny_flags: list[str], tmp_path: Path) -> N
         main([*tiny_flags, *data_flags(empty), *output])
     broken = make_coco("broken")
     (broken[1] / "2.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1 of 4 images cannot be used.*2\.jpg"):
+    with pytest.raises(UserError, match=r"1 of 4 images.*2\.jpg"):
         main([*tiny_flags, *data_flags(broken), *output, "--check-data"])
     assert not (tmp_path / "out/last.pt").exists()
 
 
-def test_more_objects_than_proposals_is_a_warning_with_numbers(
-    make_coco, tiny_flags: list[str], tmp_path: Path
+def test_more_objects_than_proposals_is_said_with_numbers(
+    make_coco, tiny_flags: list[str], tmp_path: Path, capsys
 ) -> None:
     def crowd(coco: dict) -> None:
-        box = {"image_id": 1, "category_id": 7, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
-        coco["annotations"] += [{**box, "id": 100 + i} for i in range(10)]
+        box = {"image_id": 1, "category_id": 7, "area": 400, "iscrowd": 0}
+        coco["annotations"] += [
+            {**box, "bbox": [5, 5, 20 + i, 20], "id": 100 + i} for i in range(10)
+        ]
 
     flags = [*tiny_flags, *data_flags(make_coco(edit=crowd)), "--output", str(tmp_path / "out")]
-    with pytest.warns(
-        UserWarning, match=r"1 of 4 training images .*\(up to 12\) than .*proposals \(7\)"
-    ):
-        assert main(flags) == 0
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"1 of 4 training images .*\(up to 12\) than .*proposals \(7\)", printed)
 
 
 # --- resuming and faults ---
@@ -279,41 +183,10 @@ def test_more_objects_than_proposals_is_a_warning_with_numbers(
 @pytest.fixture(scope="module")
 def module_flags() -> list[str]:
     """Two epochs of three steps; dropout, so that the random state matters too."""
-    flags = [
-        "--preset",
-        "shapes",
-        "--device",
-        "cpu",
-        "--num-proposals",
-        "7",
-        "--num-stages",
-        "2",
-        "--hidden-dim",
-        "16",
-    ]
-    flags += [
-        "--dynamic-dim",
-        "4",
-        "--num-heads",
-        "2",
-        "--ffn-dim",
-        "32",
-        "--roi-size",
-        "3",
-        "--dropout",
-        "0.1",
-    ]
-    return [
-        *flags,
-        "--epochs",
-        "2",
-        "--shapes-train",
-        "12",
-        "--shapes-val",
-        "4",
-        "--batch-size",
-        "4",
-    ]
+    flags = "--preset shapes --device cpu --num-proposals 7 --num-stages 2 --hidden-dim 16"
+    flags += " --dynamic-dim 4 --num-heads 2 --ffn-dim 32 --roi-size 3 --dropout 0.1"
+    flags += " --epochs 2 --shapes-train 12 --shapes-val 4 --batch-size 4"
+    return flags.split()
 
 
 @pytest.fixture(scope="module")
@@ -327,13 +200,10 @@ def test_compiled_training_is_the_same_training(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.compiler.reset()
-    backend, compiled = (
-        "aot_eager",
-        SparseRCNN.compile,
-    )  # the graphs as they are: no compiler, but all before it
-    monkeypatch.setattr(SparseRCNN, "compile", lambda model: compiled(model, backend=backend))
-    dataset = make_dataset(tiny_config, "train")
-    images, targets = (list(column) for column in zip(*(dataset[i] for i in range(4)), strict=True))
+    compiled = SparseRCNN.compile
+    # The graphs as they are: no compiler, but all before it.
+    monkeypatch.setattr(SparseRCNN, "compile", lambda model: compiled(model, backend="aot_eager"))
+    images, targets = shapes_batch()
     steps = []
     for is_compiled in (False, True):
         config = replace(tiny_config, num_stages=1, compile=is_compiled)
@@ -393,52 +263,40 @@ def test_resume_auto_starts_afresh_or_goes_on(
     assert_same_weights(tmp_path / "last.pt", uninterrupted / "last.pt")
 
 
-def test_resuming_does_not_overwrite_another_run(
+def test_another_run_is_not_overwritten(
     module_flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     save_checkpoint(tmp_path / "last.pt", {"model": {}})
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(UserError, match="another run"):
-        main(
-            [
-                "--resume",
-                str(uninterrupted / "last.pt"),
-                "--output",
-                str(tmp_path),
-                "--device",
-                "cpu",
-            ]
-        )
+    output = ["--output", str(tmp_path), "--device", "cpu"]
+    for flags in (module_flags, ["--resume", str(uninterrupted / "last.pt")]):
+        with pytest.raises(UserError, match="holds another run.*--resume auto"):
+            main([*flags, *output])
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-def test_a_second_run_does_not_write_into_the_folder_of_a_first(
-    module_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "LOCK_TIMEOUT_S", 0.1)
-    lock = report.prepare_output(tmp_path, None)
-    with pytest.raises(UserError, match="another run is writing to this folder"):
-        main([*module_flags, "--output", str(tmp_path)])
-    lock.release()  # as the system does for a process that is killed
-    assert main([*module_flags, "--output", str(tmp_path)]) == 0
+def test_two_runs_at_a_time_do_not_share_a_folder(module_flags: list[str], tmp_path: Path) -> None:
+    first = start([*module_flags, "--shapes-train", "2000"], tmp_path)
+    wait_for_step(tmp_path, first, 1)
+    second = start(module_flags, tmp_path)
+    assert "another run is writing to this folder" in second.communicate(timeout=60)[0]
+    assert second.returncode == 2
+    first.kill()
+    first.communicate()
+    third = start([*module_flags, "--shapes-train", "2000"], tmp_path)  # at once
+    wait_for_step(tmp_path, third, load_checkpoint(tmp_path / "last.pt")["step"] + 1)
+    assert third.poll() is None
+    third.kill()
+    third.communicate()
 
 
 def test_flags_of_a_resumed_run_are_obeyed(uninterrupted: Path, tmp_path: Path) -> None:
-    flags = [
-        "--resume",
-        str(uninterrupted / "last.pt"),
-        "--output",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
-    assert main([*flags, "--epochs", "3", "--weight-decay", "0.5", "--amp", "fp16"]) == 0
+    flags = ["--resume", str(uninterrupted / "last.pt"), "--output", str(tmp_path)]
+    flags += ["--device", "cpu", "--epochs", "3", "--weight-decay", "0.5", "--amp", "fp16"]
+    assert main(flags) == 0
     checkpoint = load_checkpoint(tmp_path / "last.pt")
-    assert (
-        checkpoint["epoch"] == 3
-        and checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    )
-    assert checkpoint["scaler"]["scale"] > 0
+    assert checkpoint["epoch"] == 3 and checkpoint["scaler"]["scale"] > 0
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
 def test_what_cannot_be_resumed(
@@ -446,46 +304,32 @@ def test_what_cannot_be_resumed(
 ) -> None:
     last = str(uninterrupted / "last.pt")
     flags = ["--resume", last, "--output", str(tmp_path), "--device", "cpu"]
-    with pytest.raises(UserError, match=r"proposal_boxes \[7, 4\] in the file, \[9, 4\]"):
+    with pytest.raises(RuntimeError, match="size mismatch for proposal_boxes"):  # torch's own words
         main([*flags, "--num-proposals", "9"])
     two_classes = make_coco(categories={1: "a", 2: "b"}, num_images=12)
-    with pytest.raises(UserError, match=r"classes \['a', 'b'\] differ"):
+    with pytest.raises(UserError, match=r"classes \['a', 'b'\]"):
         main([*flags, *data_flags(two_classes)])
-    with pytest.raises(UserError, match="step 6 .*12 images.*here are 4 images"):
+    with pytest.raises(UserError, match="12 images .*here are 4 images"):
         main([*flags, "--shapes-train", "4"])
     with pytest.raises(UserError, match="--batch-size 4; here are 12 images, and --batch-size 2"):
         main([*flags, "--batch-size", "2"])
     with pytest.raises(UserError, match="a run of --preset shapes; leave out --preset"):
         main([*flags, "--preset", "r50-100"])
-    plain = {
-        k: v
-        for k, v in load_checkpoint(last).items()
-        if k in ("model", "config", "class_names", "category_ids")
-    }
+    keys = ("model", "config", "class_names", "category_ids")
+    plain = {key: load_checkpoint(last)[key] for key in keys}
     save_checkpoint(tmp_path / "plain.pt", plain)
-    with pytest.raises(UserError, match="lacks optimizer.*--weights"):
+    with pytest.raises(UserError, match="no training state.*--weights"):
         main(["--resume", str(tmp_path / "plain.pt"), "--output", str(tmp_path), "--device", "cpu"])
 
 
 def start(flags: list[str], output: Path) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        TRAIN,
-        *flags,
-        "--output",
-        str(output),
-        "--resume",
-        "auto",
-        "--checkpoint-minutes",
-        "0",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, TRAIN, *flags, "--output", str(output), "--resume", "auto"]
     return subprocess.Popen(
-        command,
+        [*command, "--checkpoint-minutes", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=env,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
 
@@ -514,7 +358,7 @@ def kill_again_and_again(times: int, flags: list[str], output: Path) -> None:
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     assert kills == times  # each in the middle of the run
-    assert f"resumed from {output}/last.pt" in printed and not (output / "last.pt.tmp").exists()
+    assert f"resumed from {output}/last.pt" in printed and not list(output.glob(".*.tmp"))
 
 
 def test_killed_twice(module_flags: list[str], tmp_path: Path) -> None:
@@ -549,76 +393,60 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
 
 
 def test_a_signal_in_an_evaluation_ends_it(
-    module_flags: list[str], tmp_path: Path, monkeypatch, capsys
+    module_flags: list[str], tmp_path: Path, monkeypatch
 ) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
     def interrupted(*args, **kwargs) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train, "evaluate", interrupted)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main([*module_flags, "--output", str(tmp_path)])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert (
-        stop.value.code == 143
-        and "stopped by signal 15 in an evaluation" in capsys.readouterr().out
-    )
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
+    with pytest.raises(KeyboardInterrupt):
+        main([*module_flags, "--output", str(tmp_path)])
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3  # from right before it
+
+
+# Rank 1 gets signal {number} before its step number {step}.
+SIGNALLED = """
+import os, signal, sys, train
+from support.cli import run_main
+original = train.train_step
+def step(training, *batch):
+    if training.step == {step} and training.world.rank == 1:
+        os.kill(os.getpid(), signal.{number})
+    return original(training, *batch)
+train.train_step = step
+sys.exit(run_main(train.main, "train.py"))
+"""
 
 
 def test_two_processes_stop_resume_and_end_where_one_run_would(
     module_flags: list[str], tmp_path: Path
 ) -> None:
-    flags = [TRAIN, *module_flags, "--checkpoint-minutes", "0", "--output"]
-    stopping = tmp_path / "stopping.py"  # rank 1 gets a signal after its second step
-    stopping.write_text(
-        "import os, signal, sys, train\n"
-        "original = train.train_step\n"
-        "def step(training, batch):\n"
-        "    values = original(training, batch)\n"
-        "    if training.step == 1 and training.world.rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return values\n"
-        "train.train_step = step\n"
-        "sys.exit(train.main())\n"
-    )
-    stopped = torchrun(str(stopping), *flags[1:], str(tmp_path / "a"))
+    flags = [*module_flags, "--checkpoint-minutes", "0", "--output"]
+    (tmp_path / "stop.py").write_text(SIGNALLED.format(step=1, number="SIGTERM"))
+    stopped = torchrun(str(tmp_path / "stop.py"), *flags, str(tmp_path / "a"))
     assert stopped.returncode != 0 and "stopped by signal 15 at step 2" in stopped.stdout
-    # On every rank. But as soon as one has exited, torchrun sends SIGTERM, which may meet the other
-    # one after Python has put its signal handlers away.
-    codes = re.findall(r"exitcode  : (-?\d+)", stopped.stderr)
-    assert sorted(codes) in (["143", "143"], ["-15", "143"]), stopped.stderr[-3000:]
-    resumed = torchrun(*flags, str(tmp_path / "a"), "--resume", "auto")
-    whole = torchrun(*flags, str(tmp_path / "b"))
+    resumed = torchrun(TRAIN, *flags, str(tmp_path / "a"), "--resume", "auto")
+    whole = torchrun(TRAIN, *flags, str(tmp_path / "b"))
     assert resumed.returncode == whole.returncode == 0, resumed.stderr[-3000:]
     assert_same_weights(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
     assert whole.stdout.count("epoch 2/2") == 1  # one process speaks
+    losses = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for name in "ab"
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)  # also of the steps before the stop
 
 
 def test_a_dead_process_ends_the_others(module_flags: list[str], tmp_path: Path) -> None:
-    dying = tmp_path / "dying.py"
-    dying.write_text(
-        "import os, signal, sys, train\n"
-        "original = train.train_step\n"
-        "def step(training, batch):\n"
-        "    if training.step == 2 and training.world.rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(training, batch)\n"
-        "train.train_step = step\n"
-        "sys.exit(train.main())\n"
-    )
-    done = torchrun(
-        str(dying), *module_flags, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "0"
-    )
+    (tmp_path / "die.py").write_text(SIGNALLED.format(step=2, number="SIGKILL"))
+    flags = [*module_flags, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "0"]
+    done = torchrun(str(tmp_path / "die.py"), *flags)
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
     assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    assert 'train.py", line' not in done.stderr  # no trace of the one that is left
 
 
-def test_what_one_process_finds_wrong_ends_both_with_its_message(
+def test_what_one_process_or_all_find_wrong_is_said_once(
     module_flags, make_coco, tmp_path: Path
 ) -> None:
     json_file, folder = make_coco(num_images=4)
@@ -627,12 +455,12 @@ def test_what_one_process_finds_wrong_ends_both_with_its_message(
     for flags, words in (
         ([*own, "--output", str(tmp_path / "a")], "3.jpg: cannot be read as an image"),
         ([*own, "--output", str(json_file / "below_a_file")], "Not a directory"),
+        ([*own, "--output", str(tmp_path / "b"), "--val-json", "a.json"], "val-images is missing"),
     ):
         done = torchrun(TRAIN, *flags)
         messages = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-        # torchrun ends a process that has not spoken yet as soon as the other one has exited.
-        assert messages and all(words in message for message in messages), done.stderr
-        assert done.stderr.count("exitcode  : 2") >= 1 and "gloo" not in done.stderr
+        assert len(messages) == 1 and words in messages[0], done.stderr
+        assert done.returncode == 1 and "exitcode  : 2" in done.stderr
         assert 'train.py", line' not in done.stderr  # no trace of ours
 
 
@@ -660,14 +488,14 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
     module_flags, tmp_path: Path, monkeypatch
 ) -> None:
-    def poison(training, batch):
+    def poison(training, images, targets, num_objects):
         if training.step in (1, 4, 5):
-            batch.images[0] = batch.images[0] * float("nan")  # reaches the running statistics too
-        return train_step(training, batch)
+            images = [image / torch.tensor(float("nan")) for image in images]
+        return train_step(training, images, targets, num_objects)
 
     monkeypatch.setattr(train, "train_step", poison)
     flags = [*module_flags, "--checkpoint-minutes", "0", "--output", str(tmp_path)]
-    with pytest.raises(UserError, match=r"2 steps in a row.*\[\d+, .*/last\.pt has.*--lr.*--amp"):
+    with pytest.raises(UserError, match=r"2 steps in a row.*\[\d+, .*--lr.*--amp off"):
         main([*flags, "--max-bad-steps", "2"])
     (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["bad_steps"] == 1 and np.isfinite(line["loss"])
@@ -676,17 +504,24 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
     assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
 
 
-def test_a_run_whose_steps_were_all_skipped_is_no_success(tmp_path: Path) -> None:
-    """And its message names last.pt only if there is one."""
-    training, last_pt = new_training(TINY, steps_per_epoch=2), tmp_path / "last.pt"
-    problem = NotFinite("nothing is finite")
-    assert skip(training, [7], problem, last_pt) == {"bad_steps": 1.0}
-    with pytest.raises(UserError, match=r"^2 steps in a row .*\[7\]") as error:
-        skip(training, [7], problem, last_pt)
-    assert "last.pt" not in str(error.value)
-    last_pt.touch()
-    with pytest.raises(UserError, match=r"last\.pt has the weights from before them"):
-        skip(training, [7], problem, last_pt)
+@pytest.mark.parametrize("place", ["logits", "boxes"])
+def test_a_nan_in_any_prediction_reaches_the_gradient(place: str, monkeypatch) -> None:
+    """A single one, of one proposal in one stage: the step must not be taken."""
+    training = new_training(TINY)
+    forward = training.model.head.forward
+
+    def poisoned(*args):
+        logits, boxes_px = forward(*args)
+        value = {"logits": logits, "boxes": boxes_px}[place].clone()
+        value[0, 1, :] = value[0, 1, :] * float("nan")
+        return (value, boxes_px) if place == "logits" else (logits, value)
+
+    monkeypatch.setattr(training.model.head, "forward", poisoned)
+    images, targets = shapes_batch()
+    before = deepcopy(training.model.state_dict())
+    assert not np.isfinite(take_step(training, images, targets, 9.0)["grad_norm"])
+    after = training.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -702,26 +537,22 @@ def test_mixed_precision_keeps_losses_and_boxes_in_float32(
         return losses
 
     monkeypatch.setattr(training.model.criterion, "forward", spy)
-    dataset = ShapesDataset("demo", "train", 4)
-    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
-    steps = [take_step(training, list(images), list(targets), 12) for _ in range(20)]
-    losses = [values["loss"] for values in steps if "loss" in values]  # fp16 first finds its scale
+    images, targets = shapes_batch()
+    steps = [take_step(training, images, targets, 12) for _ in range(20)]
+    # fp16 first finds its scale, by skipping steps.
+    losses = [values["loss"] for values in steps if np.isfinite(values["grad_norm"])]
     assert len(losses) >= 10 and losses[-1] < 0.85 * losses[0]
-    assert seen == {
-        ({"bf16": torch.bfloat16, "fp16": torch.float16}[amp], torch.float32, torch.float32)
-    }
-    state = training.state()["scaler"]
-    assert ("scale" in state) == (amp == "fp16")
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    assert seen == {(low, torch.float32, torch.float32)}
+    assert training.scaler.is_enabled() == (amp == "fp16")
 
 
 def test_a_micro_batch_changes_the_memory_and_not_the_recipe() -> None:
-    frozen = replace(TINY, backbone="resnet18", batch_size=4)
-    dataset = ShapesDataset("demo", "train", 4)
-    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
+    images, targets = shapes_batch()
     count, losses = sum(len(target["labels"]) for target in targets), []
     for micro_batch in (None, 3):
-        training = new_training(replace(frozen, micro_batch=micro_batch))
-        losses.append(take_step(training, list(images), list(targets), count))
+        frozen = replace(TINY, backbone="resnet18", batch_size=4, micro_batch=micro_batch)
+        losses.append(take_step(new_training(frozen), images, targets, count))
     for name, value in losses[0].items():
         assert losses[1][name] == pytest.approx(value, rel=1e-4), name
 
@@ -763,15 +594,7 @@ def test_fine_tuning_from_the_authors_weights(tmp_path: Path) -> None:
     model = build_model(replace(PRESETS["r50-100"], num_classes=3), pretrained_backbone=False)
     lines = load_what_fits(model, tmp_path / "authors.pth", ["a", "b", "c"])
     assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
-    assert "cls_logits" in lines[1] and len(lines) == 2 and lines[1].count(",") == 2 * 6 - 1
-
-
-def test_more_stages_or_classes_than_the_data_has_is_no_crash(make_coco) -> None:
-    json_file, folder = make_coco(categories={3: "only"})
-    dataset = CocoDataset(json_file, folder)
-    training = new_training(replace(TINY, num_classes=1))
-    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
-    assert np.isfinite(take_step(training, list(images), list(targets), 8)["loss"])
+    assert len(lines) == 2 and lines[1].count("head.stages") == lines[1].count("cls_logits") == 12
 
 
 def test_three_steps_are_the_recipe_by_hand() -> None:
@@ -779,8 +602,7 @@ def test_three_steps_are_the_recipe_by_hand() -> None:
     config = replace(TINY, lr=3e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.1)
     training = new_training(config, steps_per_epoch=30)
     model, lr_of = training.model, partial(learning_rate, total_steps=30, config=config)
-    dataset = ShapesDataset("demo", "train", 4)
-    images, targets = zip(*(dataset[i] for i in range(4)), strict=True)
+    images, targets = shapes_batch()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     first = {name: torch.zeros((), dtype=torch.float64) for name in names}
     second = dict(first)
