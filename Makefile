@@ -10,11 +10,11 @@ BCCD ?= datasets/bccd
 # Mixed precision of assets-blood: "off" on a processor without bfloat16 (train.py warns of it).
 AMP ?= bf16
 
-# One process per core, at most four, with one thread each: see support/devices.py.
-PROCESSES := $(shell $(PYTHON) -c "import os; cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(); print(4 if cores >= 4 else 2 if cores >= 2 else 1)")
+# One process per core, at most four, with one thread each.
+PROCESSES := $(shell n=$$(nproc || sysctl -n hw.ncpu); echo $$(( n > 3 ? 4 : n > 1 ? 2 : 1 )))
 LAUNCH := OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: demo test test-long gpu notebooks check-notebooks assets assets-blood lint
+.PHONY: demo test test-long notebooks check-notebooks assets assets-blood pictures lint
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \"Python 3.11 or newer is needed: make PYTHON=python3.12\")"
@@ -40,10 +40,6 @@ test: $(READY)
 test-long: $(READY)
 	$(RUN) -m pytest -m long
 
-# Everything that has to be seen on a GPU, in under nine minutes; repeat it to run what is left.
-gpu: $(READY)
-	$(RUN) -m experiments.gpu
-
 # Executes every notebook afresh, one per core, and writes its outputs; an error stops it.
 EXECUTE := OMP_NUM_THREADS=1 xargs -n 1 -P $(PROCESSES) $(RUN) -m nbconvert --to notebook --execute --log-level WARN
 notebooks: $(READY)
@@ -58,18 +54,22 @@ assets: $(READY)
 	@rm -rf runs/assets
 	$(RUN) train.py --preset shapes --num-stages 6 --epochs 20 --eval-every 5 --output runs/assets
 	$(RUN) -m tools.convert runs/assets/last.pt assets/shapes.pt --half
-	$(RUN) visualize.py readme
+	$(MAKE) pictures
 
 # The checkpoint of blood cells in assets/, anew, from BCCD in COCO's format (see assets/README.md).
 assets-blood: $(READY)
 	@rm -rf runs/blood
-	$(LAUNCH) train.py --preset shapes --train-json $(BCCD)/train.json --train-images $(BCCD)/images \
-	    --val-json $(BCCD)/val.json --val-images $(BCCD)/images \
-	    --num-stages 6 --num-proposals 50 --epochs 110 --batch-size 4 --lr 7e-4 --eval-every 10 --workers 0 \
-	    --min-sizes 256 288 320 352 --max-size 480 --test-size 320 --canonical-box-px 112 \
-	    --flip-vertical --color-jitter 0.2 --amp $(AMP) --output runs/blood
+	$(LAUNCH) train.py --preset small --flip-vertical --amp $(AMP) --workers 0 \
+	    --train-json $(BCCD)/train.json --train-images $(BCCD)/images \
+	    --val-json $(BCCD)/val.json --val-images $(BCCD)/images --output runs/blood
 	$(RUN) -m tools.convert runs/blood/best.pt assets/blood.pt --half
-	$(RUN) visualize.py readme
+	$(MAKE) pictures
+
+# What the README shows, from the checkpoints that are there.
+pictures: $(READY)
+	$(RUN) assets/make_gif.py
+	$(RUN) explore.py assets/blood/BloodImage_00004.jpg --weights assets/blood.pt \
+	    --annotations assets/blood/val.json --output assets/explore.html
 
 lint: $(READY)
 	$(RUN) -m ruff check

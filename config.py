@@ -15,7 +15,7 @@ import msgspec
 
 from support.errors import UserError
 
-PresetName = Literal["r50-100", "r50-300", "r101-100", "r101-300", "shapes"]
+PresetName = Literal["r50-100", "r50-300", "r101-100", "r101-300", "shapes", "small"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Config:
         UserError: a value is out of range; the message names it.
     """
 
-    # Where the defaults of all other flags come from: one of the paper's four models, or the small
-    # one for Shapes.
+    # Where the defaults of all other flags come from: one of the paper's four models, the small one
+    # for Shapes, or the small one for photographs of your own, from scratch.
     preset: PresetName = "r50-100"
 
     # --- data: which images, and how they are augmented ---
@@ -183,14 +183,26 @@ class Config:
 _R50 = Config()
 # In the paper's Table 1 the star stands for 300 proposals and random crops.
 _STAR: dict[str, Any] = {"num_proposals": 300, "crop": True}
+# Small enough to learn from random weights on a few CPU cores.
+_SMALL: dict[str, Any] = {
+    "backbone": "small",
+    "pretrained_backbone": False,
+    "hidden_dim": 64,
+    "dynamic_dim": 16,
+    "num_heads": 4,
+    "ffn_dim": 256,
+    "roi_size": 5,
+    "schedule": "cosine",
+    "warmup_steps": 100,
+}
 
 PRESETS: dict[str, Config] = {
     "r50-100": _R50,
     "r50-300": replace(_R50, preset="r50-300", **_STAR),
     "r101-100": replace(_R50, preset="r101-100", backbone="resnet101"),
     "r101-300": replace(_R50, preset="r101-300", backbone="resnet101", **_STAR),
-    # Small enough to learn Shapes from random weights in minutes on two CPU cores. At 96 pixels all
-    # boxes are small: they are pooled from p2, and p3 … p5 reach them only through the FPN.
+    # Minutes on two CPU cores. At 96 pixels all boxes are small: they are pooled from p2, and
+    # p3 … p5 reach them only through the FPN.
     "shapes": Config(
         preset="shapes",
         data="shapes-demo",
@@ -198,20 +210,27 @@ PRESETS: dict[str, Config] = {
         max_size=96,
         test_size=96,
         workers=0,
-        backbone="small",
-        pretrained_backbone=False,
         num_classes=3,
         num_proposals=20,
         num_stages=3,
-        hidden_dim=64,
-        dynamic_dim=16,
-        num_heads=4,
-        ffn_dim=256,
-        roi_size=5,
         epochs=6,
         lr_at_16=1e-3,
-        schedule="cosine",
-        warmup_steps=100,
+        **_SMALL,
+    ),
+    # A few hundred photographs of your own: about an hour on two CPU cores.
+    "small": Config(
+        preset="small",
+        min_sizes=(256, 288, 320, 352),
+        max_size=480,
+        test_size=320,
+        color_jitter=0.2,
+        num_proposals=50,
+        canonical_box_px=112,
+        epochs=110,
+        batch_size=4,
+        lr_at_16=2.8e-3,
+        eval_every=10,
+        **_SMALL,
     ),
 }
 
