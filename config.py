@@ -150,11 +150,6 @@ class Config:
         if not is_fine:
             raise UserError(f"config: {name}={getattr(self, name)} {problem}")
 
-    @property
-    def learning_rate(self) -> float:
-        """The peak rate: `lr` if given, else linear in the batch size (Goyal et al., 2017)."""
-        return self.lr_at_16 * self.batch_size / 16 if self.lr is None else self.lr
-
     def changes(self) -> list[str]:
         """The settings that differ from those of the preset, as "name=value"."""
         preset = asdict(PRESETS[self.preset])

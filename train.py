@@ -86,6 +86,11 @@ class Training:
 # --- the recipe ---
 
 
+def peak_rate(config: Config) -> float:
+    """The highest rate: `lr` if given, else linear in the batch size (Goyal et al., 2017)."""
+    return config.lr_at_16 * config.batch_size / 16 if config.lr is None else config.lr
+
+
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """The learning rate at a step: linear warm-up, then ÷10 at each milestone, or half a cosine.
 
@@ -104,7 +109,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     else:
         decay = 0.1 ** sum(step >= milestone * total_steps for milestone in config.milestones)
 
-    return config.learning_rate * warmup * decay
+    return peak_rate(config) * warmup * decay
 
 
 def train_step(
@@ -215,7 +220,7 @@ def train(
                     raise UserError(
                         f"{training.bad_in_a_row} steps in a row were not finite, the last one "
                         f"with image ids {image_ids}; look at their boxes, and try a lower --lr "
-                        f"(it was {config.learning_rate:.2g}) or --amp off"
+                        f"(it was {peak_rate(config):.2g}) or --amp off"
                     )
                 report.step(training, values, int(num_images))
                 if is_save_due:
@@ -275,7 +280,7 @@ def save(training: Training, path: Path) -> None:
         "scaler": training.scaler.state_dict(),
         "schedule": {
             "total_steps": training.total_steps,
-            "learning_rate": config.learning_rate,
+            "learning_rate": peak_rate(config),
             "batch_size": config.batch_size,
             "num_images": training.num_images,
         },
@@ -392,7 +397,7 @@ def start_training(
         model.compile()
     optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
+        lr=peak_rate(config),
         weight_decay=config.weight_decay,
         fused=True,
     )

@@ -135,7 +135,7 @@ class Report:
             f"data          {len(train_set)} images, {counts.sum()} objects of "
             f"{len(train_set.class_names)} classes; validation: {validation}\n"
             f"steps         {training.total_steps} in {config.epochs} epochs, learning rate "
-            f"{config.learning_rate:.3g}\n"
+            f"{training.optimizer.defaults['lr']:.3g}\n"
             f"parameters    {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen\n"
             f"settings      {', '.join([f'preset {config.preset}', *config.changes()])}"
         )
