@@ -16,11 +16,8 @@ to 800/1333.
 Shapes: M objects of an image, T objects of all images, K classes.
 """
 
-import contextlib
-import io
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,21 +38,9 @@ from tqdm import tqdm
 
 from config import Config
 from shapes import ShapesDataset
-from support.annotations import (
-    check_same_classes,
-    ground_truth,
-    load_tables,
-    match_classes,
-    notes_on_annotations,
-    own_classes,
-    read_json,
-    warn_of_box_form,
-    warn_of_copies,
-    without_gc,
-)
+from support import coco_json
 from support.errors import UserError
-from support.image_files import find_files
-from support.pictures import read_header, read_image
+from support.pictures import read_image
 
 Target = dict[str, Any]
 Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]] | None
@@ -63,7 +48,6 @@ AnyPath = str | os.PathLike[str]
 
 COCO_FOLDER = Path("datasets/coco")
 MIN_SIDE_PX = 1e-5  # a box of no more width or height is not an object (authors' code)
-HEADERS_LIMIT_S = 30.0  # for reading image headers; a fast disk delivers about 200,000 of them
 
 
 # --- images and boxes ---
@@ -102,7 +86,6 @@ class CocoDataset(Dataset):
             `class_names`.
     """
 
-    @without_gc()
     def __init__(
         self,
         json_file: AnyPath,
@@ -117,68 +100,47 @@ class CocoDataset(Dataset):
         self.transforms = transforms
 
         # Not kept: `coco`, which is rarely needed, reads the file again.
-        tables = load_tables(self.json_file)
-        images, annotations = tables["images"], tables["annotations"]
-        self.image_ids = np.array([image["id"] for image in images])
-        self.sizes_hw = np.array([(image["height"], image["width"]) for image in images])
-        names = [image["file_name"] for image in images]
-        names, notes_on_files = find_files(self.image_dir, names, self.json_file)
-        self.file_names = np.array(names)
+        file = coco_json.read_coco(self.json_file)
+        self.image_ids = np.array([image.id for image in file.images])
+        self.sizes_hw = np.array([(image.height, image.width) for image in file.images])
+        names = [image.file_name for image in file.images]
+        self.file_names = np.array(coco_json.find_files(self.image_dir, names, self.json_file))
+        self.class_names, self.category_ids, notes = coco_json.find_classes(
+            self.json_file, file, class_names, allow_missing_classes, ignore_new_classes
+        )
+        self.notes = (*notes, *coco_json.notes_on_annotations(self.json_file, file))
+        self._pack(*coco_json.pack_objects(self.json_file, file))
 
-        if class_names is None:
-            classes = own_classes(self.json_file, tables)
-        else:
-            classes = match_classes(
-                self.json_file, tables, class_names, allow_missing_classes, ignore_new_classes
-            )
-        self.class_names = classes.names
-        self.category_ids = classes.category_ids
-        notes_on_objects = notes_on_annotations(self.json_file, annotations)
-        self.notes = (*notes_on_files, *classes.notes, *notes_on_objects)
-
-        self._decoded_modes: set[str | None] = set()  # of `check_header`
-        known_ids = set(self.category_ids)
-        self._pack([a for a in annotations if a["category_id"] in known_ids])
-
-    def _pack(self, annotations: list[dict[str, Any]]) -> None:
+    def _pack(
+        self, rows: np.ndarray, category_ids: np.ndarray, xywh: np.ndarray, is_crowd: np.ndarray
+    ) -> None:
         """Sets the arrays that `target` reads, and warns of boxes that are not objects."""
-        row_of = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
-        label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        rows = np.array([row_of[a["image_id"]] for a in annotations], dtype=np.int64)  # (T,)
-        labels = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
-        is_crowd = np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool)
-        xywh = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+        labels = coco_json.index_of(category_ids.tolist(), self.category_ids)
+        is_known = labels >= 0
+        rows, labels, xywh, is_crowd = (x[is_known] for x in (rows, labels, xywh, is_crowd))
+        self.num_crowds = int(is_crowd.sum())
 
         # A box may have no area to begin with, or none once it is clipped to its image.
         whwh_px = np.tile(self.sizes_hw[rows][:, ::-1], 2)  # (T, 4)
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         xyxy = xyxy.clip(0, whwh_px).astype(np.float32)
-        is_flat = (xywh[:, 2:] <= MIN_SIDE_PX).any(axis=1)
-        is_outside = (xyxy[:, 2:] - xyxy[:, :2] <= MIN_SIDE_PX).any(axis=1) & ~is_flat
-
-        is_left_out = (is_flat | is_outside) & ~is_crowd
-        if is_left_out.any():
-            ids = [annotations[i]["id"] for i in np.flatnonzero(is_left_out)[:5]]
+        is_flat = (xywh[:, 2:] <= MIN_SIDE_PX).any(axis=1) & ~is_crowd
+        is_outside = (xyxy[:, 2:] - xyxy[:, :2] <= MIN_SIDE_PX).any(axis=1) & ~is_crowd & ~is_flat
+        if is_flat.any() or is_outside.any():
             warnings.warn(
-                f"{self.json_file}: left out {is_left_out.sum()} boxes: "
-                f"{(is_flat & ~is_crowd).sum()} of zero or negative width or height, "
-                f"{(is_outside & ~is_crowd).sum()} wholly outside of the image (first annotation "
-                f"ids: {', '.join(map(str, ids))})",
-                stacklevel=4,
+                f"{self.json_file}: left out {is_flat.sum()} boxes of zero or negative width or "
+                f"height, and {is_outside.sum()} wholly outside of their images",
+                stacklevel=3,
             )
         is_box = ~is_crowd & ~is_flat
-        warn_of_box_form(self.json_file, xywh[is_box], whwh_px[is_box])
+        coco_json.warn_of_box_form(self.json_file, xywh[is_box], whwh_px[is_box, :2])
 
         kept = np.argsort(rows, kind="stable")  # image by image, in the order of the file
-        kept = kept[~(is_crowd | is_left_out)[kept]]
-        self._boxes = xyxy[kept]
-        self._labels = labels[kept]
-        owners = rows[kept] * len(self.class_names) + self._labels
-        ids = np.array([annotation["id"] for annotation in annotations])
-        warn_of_copies(self.json_file, owners, self._boxes, ids[kept])
+        kept = kept[(is_box & ~is_outside)[kept]]
+        self._boxes, self._labels = xyxy[kept], labels[kept]
+        coco_json.warn_of_copies(self.json_file, rows[kept], self._labels, self._boxes)
         self.objects_per_image = np.bincount(rows[kept], minlength=len(self))
         self._ends = np.cumsum(self.objects_per_image)
-        self.num_crowds = int(is_crowd.sum())
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -207,21 +169,6 @@ class CocoDataset(Dataset):
             )
         return image
 
-    def check_header(self, index: int) -> None:
-        """Compares an image's size with the JSON, by its header if that is enough.
-
-        The first image of every mode (RGB, grey, 16 bits, …) is decoded as well.
-
-        Raises:
-            UserError: as `image`.
-        """
-        header = read_header(os.path.join(self.image_dir, self.file_names[index]))
-        size_hw, mode = header or (None, None)
-        is_as_listed = size_hw == tuple(self.sizes_hw[index].tolist())
-        if not (is_as_listed and mode in self._decoded_modes):
-            self.image(index)
-            self._decoded_modes.add(mode)
-
     def target(self, index: int) -> Target:
         """A target before transforms. The image is not decoded."""
         size_hw = tuple(self.sizes_hw[index].tolist())
@@ -236,11 +183,7 @@ class CocoDataset(Dataset):
 
     def coco(self) -> COCO:
         """The ground truth for pycocotools: all boxes of the classes, crowds and flat ones too."""
-        coco = COCO()
-        coco.dataset = ground_truth(read_json(self.json_file), self.category_ids)
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+        return coco_json.ground_truth(coco_json.read_coco(self.json_file), self.category_ids)
 
 
 # --- transforms ---
@@ -367,8 +310,11 @@ def make_dataset(
         level = config.data.removeprefix("shapes-")
         length = config.shapes_train if split == "train" else config.shapes_val
         shapes = ShapesDataset(level, split, length, transforms)
-        if class_names is not None:
-            check_same_classes(config.data, shapes.class_names, class_names)
+        if class_names is not None and tuple(class_names) != shapes.class_names:
+            raise UserError(
+                f"{config.data}: its classes {shapes.class_names} are not the model's "
+                f"{tuple(class_names)}; give other data"
+            )
         return shapes
 
     if json_file is None:
@@ -429,76 +375,39 @@ def require_objects(dataset: CocoDataset | ShapesDataset) -> None:
     Raises:
         UserError: there are no objects; names the crowds if there are any.
     """
-    if dataset.objects_per_image.any():
-        return
-    crowds = ""
-    if dataset.num_crowds:
-        crowds = (
-            f"; {dataset.num_crowds} annotations are crowds (iscrowd: 1), which are not trained on:"
-            " set it to 0 if they are single objects"
+    if not dataset.objects_per_image.any():
+        raise UserError(
+            f"{dataset.json_file}: no objects in the training images, so there is nothing to learn "
+            f"from ({dataset.num_crowds} annotations are crowds, which are not trained on)"
         )
-    raise UserError(
-        f"{dataset.json_file}: the training images have no objects at all, there is nothing to "
-        f"learn from{crowds}"
-    )
 
 
-def check_data(
-    dataset: CocoDataset | ShapesDataset,
-    rank: int = 0,
-    world_size: int = 1,
-    decode: bool = True,
-    limit_s: float = HEADERS_LIMIT_S,
-) -> list[str]:
-    """Reads the images of a data set before time is spent on it.
-
-    Args:
-        dataset: for training or validation.
-        rank, world_size: each process reads its share.
-        decode: read whole images. Otherwise only their headers are read, to compare their sizes
-            with those in the JSON.
-        limit_s: seconds for the headers. What a slow disk does not deliver by then is left out.
-
-    Returns:
-        Notes for the user.
+def check_data(dataset: CocoDataset | ShapesDataset, rank: int = 0, world_size: int = 1) -> None:
+    """Decodes every image of a data set before time is spent on it; each process its share.
 
     Raises:
         UserError: some images cannot be used; says how many, and why for the first ten.
     """
     if isinstance(dataset, ShapesDataset):
-        return []
-    check = dataset.image if decode else dataset.check_header
+        return
 
     def problem_with(index: int) -> str | None:
         try:
-            check(index)
+            dataset.image(index)
         except UserError as error:
             return str(error)
         return None
 
-    # In random order, so that the limit leaves a sample of all images.
-    share = np.random.default_rng(0).permutation(len(dataset))[rank::world_size].tolist()
+    share = range(rank, len(dataset), world_size)
+    problems = []
     # None: only on a terminal. Standard error itself is None if it is closed.
     is_hidden = None if rank == 0 and sys.stderr else True
     bar = tqdm(total=len(share), desc="check data", unit="image", leave=False, disable=is_hidden)
-    num_checked = 0
-    problems: dict[int, str] = {}
-    start = time.monotonic()
     with bar, ThreadPoolExecutor(8) as pool:  # a disk or network may take long to answer
-        while num_checked < len(share) and (decode or time.monotonic() - start < limit_s):
-            part = share[num_checked : num_checked + 200]
-            for index, problem in zip(part, pool.map(problem_with, part), strict=True):
-                if problem is not None:
-                    problems[index] = problem
-                bar.update()
-            num_checked += len(part)
-
+        for first in range(0, len(share), 200):  # in parts, so that Ctrl-C does not wait for all
+            part = share[first : first + 200]
+            problems += filter(None, pool.map(problem_with, part))
+            bar.update(len(part))
     if problems:
-        first = " | ".join(problems[index] for index in sorted(problems)[:10])
-        raise UserError(f"{len(problems)} of {num_checked} images cannot be used: {first}")
-    if num_checked < len(share):
-        return [
-            f"{dataset.json_file}: compared its sizes with {num_checked} of {len(share)} image "
-            f"files in {limit_s:.0f} s; --check-data reads all of them"
-        ]
-    return []
+        first_ten = " | ".join(problems[:10])
+        raise UserError(f"{len(problems)} of {len(share)} images cannot be used: {first_ten}")

@@ -21,8 +21,6 @@ Boxes are amodal: they enclose the whole object even if another one covers a par
 Shapes: M objects of an image, K classes. Images are (3, H, W) with H = W = 96.
 """
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +31,7 @@ import torch
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 
-from support.errors import UserError
+from support.coco_json import Annotation, Category, CocoFile, Image, ground_truth
 
 SIZE_PX = 96  # height and width of every image
 
@@ -94,12 +92,7 @@ def ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 SHAPES: dict[str, Shape] = {
-    "ellipse": ellipse,
-    "rectangle": rectangle,
-    "triangle": triangle,
-    "diamond": diamond,
-    "cross": cross,
-    "ring": ring,
+    shape.__name__: shape for shape in (ellipse, rectangle, triangle, diamond, cross, ring)
 }
 
 
@@ -321,14 +314,6 @@ class ShapesDataset(torch.utils.data.Dataset):
         length: int,
         transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     ) -> None:
-        if level not in LEVELS:
-            raise UserError(
-                f"shapes: there is no level {level!r}; choose one of {', '.join(LEVELS)}"
-            )
-        if (level, split) not in SEEDS:
-            raise UserError(f"shapes: there is no split {split!r}; choose one of train, val, tune")
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise UserError(f"shapes: length={length!r} should be a whole number, 1 or more")
         self.level = LEVELS[level]
         self.seed = SEEDS[level, split]
         self.transforms = transforms
@@ -382,42 +367,12 @@ class ShapesDataset(torch.utils.data.Dataset):
 
     def coco(self) -> COCO:
         """The ground truth for pycocotools. There are no masks: an "area" is that of the box."""
-        images = []
         annotations = []
         for image_id in self.image_ids:
-            images.append(
-                {
-                    "id": image_id,
-                    "file_name": f"{image_id:06d}.png",
-                    "width": SIZE_PX,
-                    "height": SIZE_PX,
-                }
-            )
             boxes_px, labels = draw_layout(self._rng(image_id), self.level)
             for (x1, y1, x2, y2), label in zip(boxes_px.tolist(), labels, strict=True):
-                w, h = x2 - x1, y2 - y1
-                annotations.append(
-                    {
-                        # From 1: COCOeval takes a match with annotation 0 for no match at all.
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": self.category_ids[label],
-                        "bbox": [x1, y1, w, h],
-                        "area": w * h,
-                        "iscrowd": 0,
-                    }
-                )
-
-        coco = COCO()
-        coco.dataset = {
-            "info": {},
-            "images": images,
-            "annotations": annotations,
-            "categories": [
-                {"id": category_id, "name": name}
-                for category_id, name in zip(self.category_ids, self.class_names, strict=True)
-            ],
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+                xywh = (x1, y1, x2 - x1, y2 - y1)
+                annotations.append(Annotation(image_id, self.category_ids[label], xywh))
+        images = [Image(i, f"{i:06d}.png", SIZE_PX, SIZE_PX) for i in self.image_ids]
+        categories = list(map(Category, self.category_ids, self.class_names))
+        return ground_truth(CocoFile(images, categories, annotations), self.category_ids)
