@@ -332,14 +332,14 @@ def make_dataset(
 def _coco_files(split: str) -> tuple[Path, Path]:
     json_file = COCO_FOLDER / f"annotations/instances_{split}2017.json"
     folder = COCO_FOLDER / f"{split}2017"
-    missing = [str(path) for path in (json_file, folder) if not path.exists()]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)}: not found; unpack train2017.zip, val2017.zip and "
-            f"annotations_trainval2017.zip from https://cocodataset.org/#download in "
-            f"{COCO_FOLDER}; `make demo` and your own data (--train-json FILE --train-images "
-            "FOLDER) need no download"
-        )
+    for path in (json_file, folder):
+        if not path.exists():
+            raise UserError(
+                f"{path}: not found; unpack train2017.zip, val2017.zip and "
+                f"annotations_trainval2017.zip from https://cocodataset.org/#download in "
+                f"{COCO_FOLDER}, or give --train-json FILE and --train-images FOLDER; `make demo` "
+                "needs no files"
+            )
     return json_file, folder
 
 

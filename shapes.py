@@ -1,8 +1,8 @@
-"""Shapes: a data set of images with coloured shapes, boxes and labels, drawn on demand.
+"""Shapes: images of coloured shapes with their boxes and labels, drawn on demand.
 
-It needs no files and no network. `make demo` and the tests run on it. It has the interface of
-`data.CocoDataset`: a level, a split and a length in; pairs (image, target) and ground truth in
-COCO's format out.
+`make demo` and the tests run on them: they need no files and no network. A level, a split and a
+length go in; out comes what `data.CocoDataset` gives as well, pairs (image, target) and the ground
+truth for pycocotools.
 
     demo      1–5 objects of 3 classes per image. Their sides are 12–50 % of the image's
               (uniform), and boxes overlap up to an IoU of 0.1. The background is smooth and of low
@@ -11,12 +11,9 @@ COCO's format out.
               (log-uniform), and boxes overlap up to an IoU of 0.4. The background is marbled, with
               as much contrast as the objects.
 
-Every image depends on (level, split, index) alone. Each has its own random generator, so the order
-of access, the process, the length and global seeds do not matter. The splits have different
-seeds and share no image. NumPy may change its random streams between versions, so compare numbers
-only if they come from one version.
-
-Boxes are amodal: they enclose the whole object even if another one covers a part of it.
+An image depends on (level, split, index) alone, whatever else is drawn. NumPy may change its random
+streams between versions, so compare numbers only if they come from one version. Boxes enclose the
+whole object even if another one covers a part of it.
 
 Shapes: M objects of an image, K classes. Images are (3, H, W) with H = W = 96.
 """
@@ -32,6 +29,7 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 
 from support.coco_json import Annotation, Category, CocoFile, Image, ground_truth
+from support.errors import UserError
 
 SIZE_PX = 96  # height and width of every image
 
@@ -302,7 +300,7 @@ class ShapesDataset(torch.utils.data.Dataset):
         notes: empty, as there are no files to say anything about.
 
     Raises:
-        UserError: there is no such level, split or length.
+        UserError: there would be no image.
     """
 
     notes: tuple[str, ...] = ()
@@ -314,6 +312,8 @@ class ShapesDataset(torch.utils.data.Dataset):
         length: int,
         transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     ) -> None:
+        if length < 1:
+            raise UserError(f"shapes: {length} images of {level}; give 1 or more")
         self.level = LEVELS[level]
         self.seed = SEEDS[level, split]
         self.transforms = transforms

@@ -235,7 +235,7 @@ def pack_objects(
             first = int(is_wrong.argmax())
             raise UserError(
                 f"{file}: {problem} - at `$.annotations[{first}]`, the first of {is_wrong.sum()}: "
-                f"{coco.annotations[first]}; correct or remove these records"
+                f"{str(coco.annotations[first]):.200}; correct or remove these records"
             )
     return rows, category_ids, xywh_px, is_crowd
 
@@ -308,6 +308,7 @@ def ground_truth(coco: CocoFile, category_ids: Collection[int | None]) -> COCO:
     have_ids = _have_ids(annotations)
     for number, annotation in enumerate(annotations, start=1):
         annotation.id = annotation.id if have_ids else number
+        annotation.bbox = list(annotation.bbox)  # pycocotools refuses tuples
         annotation.area = _area_px(annotation)
         annotation.iscrowd = int(bool(annotation.iscrowd))
     truth = COCO()
