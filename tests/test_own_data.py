@@ -1,7 +1,6 @@
 """train.py and evaluate.py on data sets as other tools write them: resolved, or refused at once."""
 
 import json
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,37 +49,17 @@ def test_a_phone_image_in_the_validation_set_is_found_before_training(
     image.load()
     image.save(path, exif=exif)
     with pytest.raises(UserError, match=r"1 of 4 images .*3\.jpg: is 48 x 64 pixels, but 64 x 48"):
-        run(*data_flags(make_coco("train"), val))
+        run(*data_flags(make_coco("train"), val), "--check-data")
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_crowds_are_counted_in_the_summary_and_named_in_the_error(make_coco, run) -> None:
-    def half(coco: Raw) -> None:
+def test_crowds_are_counted_in_the_summary(make_coco, run) -> None:
+    def edit(coco: Raw) -> None:
         for annotation in coco["annotations"][4:]:
             annotation["iscrowd"] = 1
 
-    printed = run(*data_flags(make_coco("half", edit=half)))
+    printed = run(*data_flags(make_coco(edit=edit)))
     assert "4 images, 4 objects" in printed and "4 of 8 annotations are crowds" in printed
-
-    def whole(coco: Raw) -> None:
-        for annotation in coco["annotations"]:
-            annotation["iscrowd"] = 1
-
-    with pytest.raises(UserError, match="no objects.*8 annotations are crowds"):
-        run(*data_flags(make_coco("all", edit=whole)))
-
-
-@pytest.mark.parametrize("area", [[100], "100", -1])
-def test_an_area_that_is_not_a_number_leaves_ap_defined(
-    make_coco, run, tmp_path: Path, area: Any
-) -> None:
-    def edit(coco: Raw) -> None:
-        for annotation in coco["annotations"]:
-            annotation["area"] = area
-
-    printed = run(*data_flags(make_coco("train"), make_coco("val", edit=edit)))
-    assert 'val.json: 8 annotations have an unusable "area"' in printed
-    assert metrics(tmp_path)["AP"] >= 0
 
 
 def without_cow(coco: Raw) -> None:
@@ -91,12 +70,12 @@ def without_cow(coco: Raw) -> None:
 def test_a_validation_set_with_fewer_classes(make_coco, run, tmp_path: Path, capsys) -> None:
     val = make_coco("val", edit=without_cow)
     printed = run(*data_flags(make_coco("train"), val))
-    note = "val.json: lacks 1 of the 3 classes: 'cow'; AP is over the others"
+    note = "val.json: lacks the classes ['cow']; AP is over the others"
     assert note in printed and metrics(tmp_path)["AP"] >= 0
     assert load_checkpoint(tmp_path / "run/last.pt")["class_names"] == ["dog", "cat", "cow"]
 
     flags = ["--weights", str(tmp_path / "run/last.pt"), "--output", str(tmp_path / "evaluated")]
-    assert evaluate.main([*flags, "--device", "cpu", "--workers", "0"]) == 0
+    evaluate.main([*flags, "--device", "cpu", "--workers", "0"])
     assert note in capsys.readouterr().out
     evaluated = json.loads((tmp_path / "evaluated/metrics.json").read_text(encoding="utf-8"))
     assert set(evaluated["per_class"]) == {"dog", "cat"}
@@ -109,7 +88,7 @@ def test_a_validation_set_with_more_classes(make_coco, run, tmp_path: Path, caps
     with pytest.raises(UserError, match=r"new \['cow'\].*--ignore-new-classes"):
         run(*flags)
     printed = run(*flags, "--ignore-new-classes")
-    note = "ignored 'cow', which the model does not have, and 3 annotations"
+    note = "val.json: ignored ['cow'], new to the model, and 3 annotations"
     assert note in printed
     assert metrics(tmp_path)["AP"] >= 0
 
@@ -117,7 +96,7 @@ def test_a_validation_set_with_more_classes(make_coco, run, tmp_path: Path, caps
     flags += ["--device", "cpu", "--workers", "0"]
     with pytest.raises(UserError, match="--ignore-new-classes"):
         evaluate.main(flags)
-    assert evaluate.main([*flags, "--ignore-new-classes"]) == 0
+    evaluate.main([*flags, "--ignore-new-classes"])
     assert note in capsys.readouterr().out
 
 
@@ -135,25 +114,3 @@ def test_roboflow_names_a_category_0_after_the_project(make_coco, run, tmp_path:
     assert "ignored category 0, 'face'" in printed and "8 objects of 1 classes" in printed
     checkpoint = load_checkpoint(tmp_path / "run/last.pt")
     assert checkpoint["class_names"] == ["face"] and checkpoint["category_ids"] == [1]
-
-
-def test_file_names_from_macos_and_windows(make_coco, run) -> None:
-    def rename(coco: Raw) -> None:
-        coco["images"][0]["file_name"] = unicodedata.normalize("NFC", "Müller.jpg")
-        coco["images"][1]["file_name"] = "sub\\2.jpg"
-
-    json_file, folder = make_coco(edit=rename)
-    (folder / "1.jpg").rename(folder / unicodedata.normalize("NFD", "Müller.jpg"))
-    (folder / "sub").mkdir()
-    (folder / "2.jpg").rename(folder / "sub/2.jpg")
-    assert "2 of 4 file names are spelled differently" in run(*data_flags((json_file, folder)))
-
-
-def test_boxes_as_shares_give_a_warning(make_coco, run) -> None:
-    def edit(coco: Raw) -> None:
-        for annotation in coco["annotations"]:
-            x, y, w, h = annotation["bbox"]
-            annotation["bbox"] = [x / 64, y / 48, w / 64, h / 48]
-
-    with pytest.warns(UserWarning, match=r"train\.json: all box values are between 0 and 1"):
-        run(*data_flags(make_coco(edit=edit)))
