@@ -160,7 +160,7 @@ def test_files_are_found_with_backslashes_and_in_any_unicode_form(
 
 FORMS = {
     "xywh": (lambda x, y, w, h: (x, y, w, h), None),
-    "a little outside": (lambda x, y, w, h: (x - 3, y + 3, w, h), None),
+    "a little outside": (lambda x, y, w, h: (-4, y, w, h), None),
     "xyxy": (lambda x, y, w, h: (x, y, x + w, y + h), "of 500 boxes leave their images; are"),
     "resized": (lambda *box: [2 * value for value in box], "of 500 boxes leave their images"),
     "shares": (lambda x, y, w, h: (x / 640, y / 480, w / 640, h / 480), "between 0 and 1; are"),

@@ -107,12 +107,13 @@ def test_flat_boxes_and_those_outside_are_left_out_and_counted(folder: Path) -> 
     sizes = [(1, 1, 0, 5), (1, 1, 5, -2), (1, 1, 0, 0), (W, 3, 9, 9), (1, -9, 9, 9)]
     raw["annotations"] += [box(21 + k, 30, 7, *xywh) for k, xywh in enumerate(sizes)]
     raw["annotations"].append(box(26, 30, 7, 1, 1, 0.01, 0.01))  # tiny, but an object
+    raw["annotations"].append(box(27, 30, 7, W, 3, 9, 9, iscrowd=1))
     words = r"labels\.json: left out 3 boxes of zero .* and 2 wholly outside"
     with pytest.warns(UserWarning, match=words):
         dataset = load(folder, raw)
     assert dataset.objects_per_image.tolist() == [2, 0, 2]
     # What is not trained on is evaluated all the same.
-    assert set(dataset.coco().getAnnIds()) == {11, 12, 13, 14, *range(21, 27)}
+    assert set(dataset.coco().getAnnIds()) == {11, 12, 13, 14, *range(21, 28)}
 
 
 # --- checks before training ---
@@ -238,10 +239,11 @@ def test_sizes_of_the_recipe() -> None:
     assert shortest == set(config.min_sizes)
 
 
-def test_crops_of_the_recipe() -> None:
-    """Before the last resize half of the images are untouched, the others 384–600 pixels a side."""
+@pytest.mark.parametrize(("low", "high"), [(384, 600), (200, 300)])
+def test_crops_of_the_recipe(low: int, high: int) -> None:
+    """Before the last resize half of the images are untouched, the others are cut to a window."""
     torch.manual_seed(0)
-    crop = data.train_transforms(Config(crop=True)).transforms[0]
+    crop = data.train_transforms(Config(crop=True, crop_sizes=(low, high))).transforms[0]
     sizes, has_corner = [], set()
     for _ in range(200):
         image, _ = crop(*painted(640, 427, [(0, 0, 100, 100)]))
@@ -249,7 +251,8 @@ def test_crops_of_the_recipe() -> None:
             sizes.append(image.shape[1:])
             has_corner.add(extent(image, 0) is not None)
     assert abs(len(sizes) / 200 - 0.5) < 0.12  # 3.4 standard deviations
-    assert 384 <= np.min(sizes) < 400 and 580 < np.max(sizes) <= 600 and len(has_corner) == 2
+    assert low <= np.min(sizes) < low + 16 and high - 20 < np.max(sizes) <= high
+    assert len(has_corner) == 2
     for _ in range(20):  # a side below 384 stays whole
         image, _ = data.random_size_crop(*painted(300, 500, [(0, 0, 100, 100)]))
         assert image.shape[2] == 300 and 384 <= image.shape[1] <= 500
