@@ -1,10 +1,9 @@
-"""What the benchmarks share: taking turns, the rate of matrix products, operations, tables.
+"""What the benchmarks share: taking turns, counting operations, tables.
 
 The variants of a benchmark take turns, so that whatever else the machine is doing slows all of them
 alike. Figures are medians over the repeats.
 """
 
-import math
 import os
 import platform
 import re
@@ -55,24 +54,6 @@ def times_ms(seconds: Sequence[float]) -> Row:
     return {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second in a product of large square matrices, the best of five.
-
-    A multiply-add counts as two operations. The size grows until one product takes 50 to 100 ms: a
-    fixed size would take minutes on a CPU without fast arithmetic for this dtype.
-    """
-
-    def seconds(size: int, repeats: int) -> float:
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        return min(take_turns({size: lambda: a @ b}, repeats, device)[size])
-
-    size = 256
-    while (elapsed := seconds(size, repeats=1)) < 0.05 and size < 8192:
-        growth = min(2.0, (0.075 / elapsed) ** (1 / 3))
-        size = 64 * math.ceil(size * growth / 64)
-    return 2 * size**3 / seconds(size, repeats=5)
-
-
 def count_flops(run: Call) -> int:
     """Floating-point operations of convolutions and matrix products; a multiply-add is two.
 
@@ -117,4 +98,5 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "threads": torch.get_num_threads(),
     }
