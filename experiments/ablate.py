@@ -98,7 +98,6 @@ ROWS = (
 class AblateArgs:
     # Tables of the paper.
     tables: tyro.conf.Positional[tuple[Literal["3", "4", "5", "6", "7", "8", "10", "all"], ...]]
-    config: tyro.conf.Suppress[Config]  # its fields are the flags
     seeds: tuple[int, ...] = ()  # train each variant once per seed; by default with --seed only
     output: Path = Path("runs/tables")  # folder for the tables
     runs: Path = Path("runs/ablations")  # folder for the training runs
@@ -106,6 +105,7 @@ class AblateArgs:
     # Checkpoint whose backbone all variants start from; None for random weights.
     start_from: str | None = "assets/shapes.pt"
     quick: bool = False  # smaller and shorter, to be watched
+    config: Config = ABLATION  # the settings of config.py, the same for all variants
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,9 @@ def builder(run: Run) -> Build:
         if run.args.start_from is not None:
             weights = load_checkpoint(run.args.start_from)["model"]
             prefix = "backbone."
-            found = {key.removeprefix(prefix): weights[key] for key in weights if prefix in key}
+            found = {
+                key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)
+            }
             model.backbone.load_state_dict(found)
         return model
 
@@ -182,7 +184,7 @@ def train_variant(run: Run) -> int:
     last = run.folder / "last.pt"
     checkpoint = load_checkpoint(last) if last.exists() else None
     resume = None if checkpoint is None else str(last)
-    args = train.TrainArgs(run.config, run.folder, resume=resume, device=run.args.device)
+    args = train.TrainArgs(run.folder, resume=resume, device=run.args.device, config=run.config)
     if status := train.run(args, checkpoint, builder(run)):
         return status
     write_json(run.folder / "result.json", measure(run), indent=2)
@@ -317,7 +319,7 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
         AblateArgs,
         "python -m experiments.ablate",
         __doc__.split("\n\n")[0],
-        default=AblateArgs((), preset_from(argv) if has_preset else shared),
+        default=AblateArgs((), config=preset_from(argv) if has_preset else shared),
     )
     tables = tuple(TABLES) if "all" in args.tables else tuple(dict.fromkeys(args.tables))
     if not tables:

@@ -21,7 +21,7 @@ from experiments.measure import Call, Row, count_flops, format_table, machine, t
 from experiments.peers import PeerName, TrainedPeer, build_peer, tame_residuals
 from model import SparseRCNN, build_model
 from support.cli import run_main
-from support.devices import AMP_DTYPES, pick_device, warn_of_slow_bf16
+from support.devices import AMP_DTYPES, choose_threads, pick_device
 from support.distributed import World
 from train import start_training, train_step
 
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     device = pick_device(command.device)
     for amp in command.amp:
-        warn_of_slow_bf16(device, amp)
+        choose_threads(device, PRESETS[command.preset].backbone, amp)
     rows = command.run(device)
     conditions = asdict(command) | machine(device)
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))

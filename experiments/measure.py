@@ -4,7 +4,6 @@ The variants of a benchmark take turns, so that whatever else the machine is doi
 alike. Figures are medians over the repeats.
 """
 
-import os
 import platform
 import re
 import statistics
@@ -19,7 +18,7 @@ import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from support.loader import usable_workers
+from support.loader import processors
 
 Row = dict[str, Any]  # one line of a table; a figure that does not exist is None or left out
 Call = Callable[[], Any]
@@ -94,7 +93,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     return {
         "device": name if device.type == "cpu" else f"{name} ({device.type})",
-        "cores": usable_workers(os.cpu_count() or 1),
+        "cores": processors(),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
