@@ -28,8 +28,6 @@ from train import start_training, train_step
 Amp = Literal["off", "bf16", "fp16"]
 Key = tuple[str, Amp, str]  # the model, the precision, the part of it that is timed
 
-FAST = "ours, for_inference()"  # what predict.py and evaluate.py run
-COMPILED = f"{FAST}, compiled"
 COLUMNS = {
     "model": "{model}",
     "--amp": "{amp}",
@@ -63,12 +61,13 @@ class Inference(Settings):
     def run(self, device: torch.device) -> list[Row]:
         images = list(torch.rand(self.batch_size, 3, self.height, self.width).to(device))
         ours = random_model(PRESETS[self.preset]).to(device)
-        models: dict[str, nn.Module] = {"ours": ours, FAST: ours.for_inference()}
+        # What predict.py and evaluate.py run.
+        models: dict[str, nn.Module] = {"ours": ours.for_inference()}
         for peer in self.peers:
             models[peer] = build_peer(peer, self.height, self.width).to(device)
         if self.compile:
-            models[COMPILED] = ours.for_inference()
-            models[COMPILED].compile()
+            models["ours, compiled"] = ours.for_inference()
+            models["ours, compiled"].compile()
 
         calls: dict[Key, Call] = {}
         for name, model in models.items():
@@ -76,12 +75,13 @@ class Inference(Settings):
                 calls[name, amp, "all"] = under_autocast(partial(model, images), device, amp)
         for amp in self.amp:
             # Under autocast, because the head gets the backbone's output in this precision.
-            for part, call in under_autocast(parts_of, device, amp)(models[FAST], images).items():
-                calls[FAST, amp, part] = under_autocast(call, device, amp)
+            parts = under_autocast(parts_of, device, amp)(models["ours"], images)
+            for part, call in parts.items():
+                calls["ours", amp, part] = under_autocast(call, device, amp)
 
         rows = rows_of(take_turns(calls, self.repeats, device), self.batch_size)
         for row, (key, call) in zip(rows, calls.items(), strict=True):
-            if COMPILED not in key:
+            if "ours, compiled" not in key:
                 row["gflop"] = count_flops(call) / 1e9 / self.batch_size
         return rows
 
