@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import tyro
 from matplotlib.figure import Figure
-from support.files import write_json
 
 import train
 from config import PRESETS, Config, preset_from
@@ -40,6 +39,7 @@ from support.cli import parse_args, run_main
 from support.devices import pick_device
 from support.distributed import World
 from support.errors import UserError
+from support.files import write_json
 from support.report import git_revision
 
 # The shapes preset with six stages as in the paper, on the crowded level: on the demo level all

@@ -4,26 +4,25 @@ The variants of a benchmark take turns, so that whatever else the machine is doi
 alike. Figures are medians over the repeats.
 """
 
+import os
 import platform
 import re
 import statistics
 import string
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from support.loader import processors
+from support.loader import usable_workers
 
 Row = dict[str, Any]  # one line of a table; a figure that does not exist is None or left out
 Call = Callable[[], Any]
-Key = TypeVar("Key", bound=Hashable)
-CPU = torch.device("cpu")
 
 
 def synchronize(device: torch.device) -> None:
@@ -33,10 +32,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def take_turns(
-    variants: Mapping[Key, Call], repeats: int, device: torch.device = CPU
-) -> dict[Key, list[float]]:
+    variants: Mapping[Any, Call], repeats: int, device: torch.device
+) -> dict[Any, list[float]]:
     """Runs every variant once per turn; returns its seconds in each turn after the first."""
-    seconds: dict[Key, list[float]] = {key: [] for key in variants}
+    seconds: dict[Any, list[float]] = {key: [] for key in variants}
     for _ in range(1 + repeats):
         for key, run in variants.items():
             synchronize(device)
@@ -83,7 +82,7 @@ def format_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return "\n".join([head, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def machine(device: torch.device = CPU) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What a figure depends on: the device, the cores this process may use, and the versions."""
     cpuinfo = Path("/proc/cpuinfo")  # on Linux only
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
@@ -93,7 +92,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     return {
         "device": name if device.type == "cpu" else f"{name} ({device.type})",
-        "cores": processors(),
+        "cores": usable_workers(os.cpu_count() or 1),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -23,7 +23,8 @@ def test_variants_take_turns_after_a_warm_up(monkeypatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     # The device is waited for on both sides of every run.
     monkeypatch.setattr(measure, "synchronize", lambda device: order.append("sync"))
-    found = measure.take_turns({name: lambda name=name: run(name) for name in "ab"}, repeats=3)
+    calls = {name: lambda name=name: run(name) for name in "ab"}
+    found = measure.take_turns(calls, 3, CPU.device)
     assert order == ["sync", "a", "sync", "sync", "b", "sync"] * 4
     assert found == {"a": [1, 8, 2], "b": [4, 5, 16]}
     assert measure.times_ms(found["a"]) == {"median_ms": 2000, "min_ms": 1000, "max_ms": 8000}
