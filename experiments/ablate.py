@@ -16,6 +16,7 @@ left out.
 """
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -165,11 +166,8 @@ def builder(run: Run) -> Build:
         model = VARIANTS[run.variant].build(config, pretrained_backbone)
         if run.args.start_from is not None:
             weights = load_checkpoint(run.args.start_from)["model"]
-            prefix = "backbone."
-            found = {
-                key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)
-            }
-            model.backbone.load_state_dict(found)
+            keys = model.backbone.state_dict()
+            model.backbone.load_state_dict({key: weights[f"backbone.{key}"] for key in keys})
         return model
 
     return build
@@ -202,7 +200,8 @@ def measure(run: Run) -> dict[str, Any]:
     model.load_state_dict(checkpoint["model"])
     fast = model.to(device).for_inference()
     dataset = validation_set({**checkpoint, "config": config})
-    metrics, _ = evaluate(fast, dataset, World(device), workers=config.workers, amp=config.amp)
+    options = {"workers": config.workers, "amp": config.amp, "max_dets": config.max_dets}
+    metrics, _ = evaluate(fast, dataset, World(device), **options)
 
     text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     epochs = [json.loads(line) for line in text.splitlines()]
@@ -283,7 +282,7 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(8.4, 0.8 + 0.38 * len(rows)), layout="constrained")
     paper, ours = figure.subplots(1, 2, sharey=True)
     for axes, name, title in ((paper, "paper_AP", "paper: AP on COCO"), (ours, "AP", "ours: AP")):
-        bars = axes.barh([row["label"] for row in rows], [row.get(name, 0) for row in rows])
+        bars = axes.barh([row["label"] for row in rows], [row.get(name, math.nan) for row in rows])
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.margins(x=0.18)
         axes.set_title(title, fontsize=9)
@@ -323,11 +322,11 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
     )
     tables = tuple(TABLES) if "all" in args.tables else tuple(dict.fromkeys(args.tables))
     if not tables:
-        raise UserError(f"ablate: no table given; the tables are {', '.join(TABLES)}, or all")
+        raise UserError(f"no table given; the tables are {', '.join(TABLES)}, or all")
     if args.config.train_json and not args.config.val_json:
-        raise UserError("ablate: nothing to evaluate on; give --val-json and --val-images as well")
+        raise UserError("nothing to evaluate on; give --val-json and --val-images as well")
     if "RANK" in os.environ:
-        raise UserError("ablate: runs in one process; start it without torchrun")
+        raise UserError("runs in one process; start it without torchrun")
     return replace(args, tables=tables)
 
 
