@@ -1,19 +1,18 @@
-"""What the benchmarks share: taking turns, the rate of matrix products, operations, tables.
+"""What the benchmarks share: taking turns, counting operations, tables.
 
 The variants of a benchmark take turns, so that whatever else the machine is doing slows all of them
 alike. Figures are medians over the repeats.
 """
 
-import math
 import os
 import platform
 import re
 import statistics
 import string
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torchvision
@@ -24,8 +23,6 @@ from support.loader import usable_workers
 
 Row = dict[str, Any]  # one line of a table; a figure that does not exist is None or left out
 Call = Callable[[], Any]
-Key = TypeVar("Key", bound=Hashable)
-CPU = torch.device("cpu")
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,10 +32,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def take_turns(
-    variants: Mapping[Key, Call], repeats: int, device: torch.device = CPU
-) -> dict[Key, list[float]]:
+    variants: Mapping[Any, Call], repeats: int, device: torch.device
+) -> dict[Any, list[float]]:
     """Runs every variant once per turn; returns its seconds in each turn after the first."""
-    seconds: dict[Key, list[float]] = {key: [] for key in variants}
+    seconds: dict[Any, list[float]] = {key: [] for key in variants}
     for _ in range(1 + repeats):
         for key, run in variants.items():
             synchronize(device)
@@ -53,24 +50,6 @@ def times_ms(seconds: Sequence[float]) -> Row:
     """Median, minimum and maximum in milliseconds."""
     values = [1000 * value for value in seconds]
     return {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second in a product of large square matrices, the best of five.
-
-    A multiply-add counts as two operations. The size grows until one product takes 50 to 100 ms: a
-    fixed size would take minutes on a CPU without fast arithmetic for this dtype.
-    """
-
-    def seconds(size: int, repeats: int) -> float:
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        return min(take_turns({size: lambda: a @ b}, repeats, device)[size])
-
-    size = 256
-    while (elapsed := seconds(size, repeats=1)) < 0.05 and size < 8192:
-        growth = min(2.0, (0.075 / elapsed) ** (1 / 3))
-        size = 64 * math.ceil(size * growth / 64)
-    return 2 * size**3 / seconds(size, repeats=5)
 
 
 def count_flops(run: Call) -> int:
@@ -103,7 +82,7 @@ def format_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return "\n".join([head, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def machine(device: torch.device = CPU) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What a figure depends on: the device, the cores this process may use, and the versions."""
     cpuinfo = Path("/proc/cpuinfo")  # on Linux only
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
@@ -117,4 +96,5 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "threads": torch.get_num_threads(),
     }

@@ -11,7 +11,7 @@ Where the paper leaves something open, we chose:
     the static head     Faster R-CNN's two linear layers on the flattened region, then the
                         feed-forward network and the predictions of every other variant. It has
                         neither proposal features nor self-attention: proposals differ only in their
-                        boxes. It is as wide as makes its parameters as many as those of the
+                        boxes. Its width is chosen so that it has as many parameters as the
                         dynamic interaction that it is compared with (`equal_width`).
     feature reuse       the last stage's object feature is concatenated to this one's, and a linear
                         layer leads back to C. The first stage has no stage before it and reuses
@@ -180,11 +180,6 @@ def stage_options(config: Config) -> dict[str, float]:
 # --- proposal boxes to start from: (N, 4), cx, cy, w, h in 0–1 ---
 
 
-def image_boxes(num_proposals: int) -> Tensor:
-    """Every box is the whole image, as `build_model` has it."""
-    return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(num_proposals, 1)
-
-
 def centre_boxes(num_proposals: int) -> Tensor:
     """All boxes at the centre, a tenth of the image wide and high."""
     return torch.tensor([0.5, 0.5, 0.1, 0.1]).repeat(num_proposals, 1)
@@ -211,22 +206,15 @@ def random_boxes(num_proposals: int) -> Tensor:
 # --- builders ---
 
 
-def with_stages(
-    make_stage: Callable[[Config, int], nn.Module],
-    make_boxes: Callable[[int], Tensor] = grid_boxes,
-) -> Build:
-    """Builds the model with other stages, by default starting from a grid.
-
-    `make_stage` gets the config and the number of the stage, 0 … S − 1.
-    """
+def with_stages(first: type[StaticStage], later: type[StaticStage]) -> Build:
+    """Builds the model with these kinds of stages, starting from a grid."""
 
     def build(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
-        model = with_boxes(make_boxes)(config, pretrained_backbone)
-        model.head.stages = nn.ModuleList(
-            make_stage(config, number) for number in range(config.num_stages)
-        )
+        model = with_boxes(grid_boxes)(config, pretrained_backbone)
+        kinds = [first] + [later] * (config.num_stages - 1)
+        model.head.stages = nn.ModuleList(kind(config) for kind in kinds)
         # Static stages do not use them, and weight decay should not change what nothing trains.
-        model.proposal_feats.requires_grad_(isinstance(model.head.stages[0], AttentionStage))
+        model.proposal_feats.requires_grad_(first is AttentionStage)
         return model
 
     return build
@@ -256,8 +244,6 @@ class Variant(NamedTuple):
     build: Build = build_model
     num_stages: int | None = None  # S; None is the config's
     times_proposals: int = 1  # how many times the config's N
-    times_dynamic: int = 1  # how many times the config's D
-    tuned_as: str = "grid"  # the variant whose best learning rate this one takes
 
     def config(self, config: Config) -> Config:
         """The config of this variant, from the one that all variants share."""
@@ -265,40 +251,19 @@ class Variant(NamedTuple):
             config,
             num_stages=self.num_stages or config.num_stages,
             num_proposals=self.times_proposals * config.num_proposals,
-            dynamic_dim=self.times_dynamic * config.dynamic_dim,
         )
 
 
-def _static_stage(config: Config, number: int) -> nn.Module:
-    return StaticStage(config)
-
-
-def _reuse_stage(config: Config, number: int) -> nn.Module:
-    # The first stage has nothing to reuse.
-    return StaticStage(config) if number == 0 else ReuseStage(config)
-
-
-def _attention_stage(config: Config, number: int) -> nn.Module:
-    return AttentionStage(config)
-
-
-_build_static = with_stages(_static_stage)
+_build_static = with_stages(StaticStage, StaticStage)
 
 VARIANTS: dict[str, Variant] = {
     # Tables 3 to 5.
-    "sparse": Variant(_build_static, num_stages=1, tuned_as="attention"),
-    "cascade": Variant(_build_static, tuned_as="attention"),
-    "reuse": Variant(with_stages(_reuse_stage), tuned_as="attention"),
-    "attention": Variant(with_stages(_attention_stage), tuned_as="attention"),
+    "sparse": Variant(_build_static, num_stages=1),
+    "cascade": Variant(_build_static),
+    "reuse": Variant(with_stages(StaticStage, ReuseStage)),  # the first stage has nothing to reuse
+    "attention": Variant(with_stages(AttentionStage, AttentionStage)),
     # Sparse R-CNN as it is: it starts from the whole image and has no positional encoding.
     "dynamic": Variant(),
-    # Not in the paper: the static head from the whole image.
-    "attention-image": Variant(with_stages(_attention_stage, image_boxes), tuned_as="attention"),
-    # Not in the paper: wider generated convolutions, and the static head of the same size.
-    "grid-D2": Variant(with_boxes(grid_boxes), times_dynamic=2),
-    "grid-D4": Variant(with_boxes(grid_boxes), times_dynamic=4),
-    "attention-D2": Variant(with_stages(_attention_stage), times_dynamic=2, tuned_as="attention"),
-    "attention-D4": Variant(with_stages(_attention_stage), times_dynamic=4, tuned_as="attention"),
     # Table 6.
     "centre": Variant(with_boxes(centre_boxes)),
     "grid": Variant(with_boxes(grid_boxes)),
