@@ -37,7 +37,7 @@ from data import ShortestSize
 from model import load_model
 from support.checkpoint import PUBLISHED
 from support.cli import parse_args, run_main
-from support.devices import AMP_DTYPES, choose_threads, pick_device, warn_of_slow_bf16
+from support.devices import AMP_DTYPES, choose_threads, pick_device
 from support.errors import UserError
 from support.files import make_folder, replacing, write_json
 from support.onnx_detector import OnnxDetector
@@ -291,8 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, class_names = predictor.model, predictor.class_names
     if args.stages and isinstance(model, OnnxDetector):
         raise UserError(f"--stages: {args.weights} has none; use the checkpoint it was made from")
-    choose_threads(predictor.device, predictor.backbone)
-    warn_of_slow_bf16(predictor.device, args.amp)
+    choose_threads(predictor.device, predictor.backbone, args.amp)
     make_folder(folders[-1])
 
     records = []
