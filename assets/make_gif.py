@@ -1,137 +1,126 @@
-"""An animated GIF of the refinement: learned proposals that move onto the objects, stage by stage.
+"""Draws the README's figure: learned proposals that move onto the objects, stage by stage.
 
-The model gives boxes before the first and after every stage. The frames between two stages are
-interpolated for the eye.
+`python assets/make_gif.py` writes `assets/refinement.gif`, of a photograph of blood cells and an
+image of Shapes, and its last frame as `assets/refinement.png`, for print. The model gives boxes
+before the first and after every stage; the frames between two stages are interpolated for the eye.
+
+Shapes: S stages, N proposals.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-MARGIN = 0.12  # around an image, as a share of its height: proposals may extend beyond it
+ASSETS = Path(__file__).resolve().parent
+sys.path.insert(0, str(ASSETS.parent))  # Python looks for modules beside this file only
+
+from data import validation_set  # noqa: E402
+from model import load_model  # noqa: E402
+from visualize import FONT, colour  # noqa: E402
+
+HEIGHT_PX = 280  # of an image with the margin around it: proposals may extend beyond the image
+MARGIN = 0.12  # as a share of the image's height
+TITLE_PX = 26
 STEPS = 6  # frames from one stage to the next
 FRAME_MS, HOLD_MS, END_MS = 60, 500, 2500  # a frame; one at a stage; the last one
-TITLE_PX = 26
+COLOURS = 64  # in the palette of the GIF
+THRESHOLD = 0.4  # proposals that end with a lower score are white, and fade
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One image of the animation.
-
-    Shapes: S stages, N proposals.
-    """
-
-    image: Tensor  # (3, H, W) uint8
-    boxes_px: Tensor  # (S + 1, N, 4) xyxy in pixels of the image, the learned boxes first
-    scores: Tensor  # (S, N) of the class that each proposal ends with
-    colours: Sequence[str]  # N, "#RRGGBB"
-    names: Sequence[str]  # N class names
-    threshold: float = 0.4  # proposals that end with less are losers, and fade
+# An image (3, H, W) uint8; boxes (S + 1, N, 4) xyxy in its pixels, the learned ones first; scores
+# (S + 1, N) of the class that each proposal ends with, 0 at first; N colours; N class names.
+Panel = tuple[Tensor, Tensor, Tensor, list[str], list[str]]
 
 
-def write_gif(panels: Sequence[Panel], path: Path, height_px: int = 280, colours: int = 64) -> None:
-    """Writes the panels side by side as a GIF, and the last frame beside it as PNG for print.
-
-    Args:
-        panels: of the same number of stages.
-        path: of the GIF.
-        height_px: of every panel, its margin included.
-        colours: in the GIF's palette.
-
-    Raises:
-        OSError: the files cannot be written.
-    """
-    num_stages = len(panels[0].scores)
-    times, durations = [], []
-    for stage in range(num_stages):
-        times += [stage + step / STEPS for step in range(STEPS)]
-        durations += [HOLD_MS] + [FRAME_MS] * (STEPS - 1)
-    times.append(float(num_stages))
-    durations.append(END_MS)
-
-    frames = [_frame(panels, time, height_px) for time in times]
-    frames[-1].save(path.with_suffix(".png"), optimize=True)
-    # One palette for all frames: pixels that do not change are then not stored again.
-    strip = Image.new("RGB", (frames[0].width, 3 * frames[0].height))
-    for row, index in enumerate((0, len(frames) // 2, -1)):
-        strip.paste(frames[index], (0, row * frames[0].height))
-    palette = strip.quantize(colours, dither=Image.Dither.NONE)
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(
-        path,
-        save_all=True,
-        append_images=frames[1:],
-        duration=durations,
-        loop=0,
-        optimize=False,
-        disposal=1,
-    )
+@torch.inference_mode()
+def make_panel(weights: Path, index: int, **data: str) -> Panel:
+    """What a checkpoint makes of its learned proposals on an image of its validation data."""
+    model, checkpoint = load_model(weights)
+    image = validation_set(checkpoint, **data)[index][0].as_subclass(Tensor)
+    outputs = model.stages([image])
+    height, width = image.shape[1:]
+    learned_px = model.initial_boxes_px(torch.tensor([[width, height, width, height]]))
+    probabilities = outputs.logits[:, 0].sigmoid()  # (S, N, K)
+    labels = probabilities[-1].argmax(-1)  # (N,)
+    scores = probabilities[:, torch.arange(len(labels)), labels]  # (S, N)
+    scores = torch.cat([torch.zeros(1, len(labels)), scores])
+    boxes_px = torch.cat([learned_px, outputs.boxes[:, 0]])
+    names = [checkpoint["class_names"][label] for label in labels.tolist()]
+    return image, boxes_px, scores, [colour(label) for label in labels.tolist()], names
 
 
-def _frame(panels: Sequence[Panel], time: float, height_px: int) -> Image.Image:
-    """The panels side by side at a time in 0 … S, below a title."""
-    drawn = [_draw_panel(panel, time, height_px) for panel in panels]
-    gap = 6
-    width = sum(picture.width for picture in drawn) + gap * (len(drawn) - 1)
-    frame = Image.new("RGB", (width, height_px + TITLE_PX), "white")
-
-    stage = int(time)
-    title = "learned proposals" if time < 0.5 else f"stage {max(1, round(time))}"
-    if time == stage and stage:
-        title = f"stage {stage}"
-    font = _font(16)
-    ImageDraw.Draw(frame).text((width / 2, TITLE_PX / 2), title, "black", font, anchor="mm")
-
-    left = 0
-    for picture in drawn:
-        frame.paste(picture, (left, TITLE_PX))
-        left += picture.width + gap
-    return frame
-
-
-def _draw_panel(panel: Panel, time: float, height_px: int) -> Image.Image:
-    _, height, width = panel.image.shape
-    scale = height_px / (height * (1 + 2 * MARGIN))
+def draw_panel(panel: Panel, time: float) -> Image.Image:
+    """The image and its boxes at a time in 0 … S."""
+    image, boxes_px, scores, colours, names = panel
+    _, height, width = image.shape
+    scale = HEIGHT_PX / (height * (1 + 2 * MARGIN))
     margin_px = round(MARGIN * height * scale)
     size = (round(width * scale), round(height * scale))
-    picture = Image.fromarray(panel.image.permute(1, 2, 0).numpy()).resize(size)
-    canvas = Image.new("RGB", (size[0] + 2 * margin_px, height_px), "#DDDDDD")
-    canvas.paste(picture, (margin_px, margin_px))
+    canvas = Image.new("RGB", (size[0] + 2 * margin_px, HEIGHT_PX), "#DDDDDD")
+    pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size)
+    canvas.paste(pixels, (margin_px, margin_px))
 
-    stage = min(int(time), len(panel.scores) - 1)
-    share = time - stage  # of the way to the next stage
-    boxes_px = torch.lerp(panel.boxes_px[stage], panel.boxes_px[stage + 1], share)
-    boxes_px = boxes_px * scale + margin_px
-    before = panel.scores[stage - 1] if stage else torch.zeros_like(panel.scores[0])
-    scores = torch.lerp(before, panel.scores[stage], share)
-    is_winner = panel.scores[-1] >= panel.threshold
+    last = len(boxes_px) - 1
+    stage = min(int(time), last - 1)
+    part = time - stage  # of the way to the next stage
+    now_px = torch.lerp(boxes_px[stage], boxes_px[stage + 1], part) * scale + margin_px
+    score = torch.lerp(scores[stage], scores[stage + 1], part)
+    has_area = (now_px[:, 2:] > now_px[:, :2]).all(1)
 
     layer = Image.new("RGBA", canvas.size)
     draw = ImageDraw.Draw(layer)
-    fading = 1 - time / len(panel.scores)
-    for i in torch.argsort(scores).tolist():
-        box = boxes_px[i].tolist()
-        if box[2] <= box[0] or box[3] <= box[1]:
-            continue
-        if not is_winner[i]:
-            draw.rectangle(box, outline=(255, 255, 255, round(170 * fading)))
-            continue
-        draw.rectangle(box, outline=panel.colours[i], width=2)
-        if scores[i] >= 0.3:
-            text = f"{panel.names[i]} {scores[i]:.2f}"
+    font = ImageFont.truetype(FONT, 10)
+    faded = (255, 255, 255, round(170 * (1 - time / last)))
+    for i in [i for i in torch.argsort(score).tolist() if has_area[i]]:
+        box = now_px[i].tolist()
+        is_found = bool(scores[-1, i] >= THRESHOLD)
+        draw.rectangle(box, outline=colours[i] if is_found else faded, width=1 + is_found)
+        if is_found and score[i] >= 0.3:
+            text = f"{names[i]} {score[i]:.2f}"
             place = (max(1, box[0]), max(1, box[1] - 12))
-            font = _font(10)
-            draw.rectangle(draw.textbbox(place, text, font), fill=panel.colours[i])
+            draw.rectangle(draw.textbbox(place, text, font), fill=colours[i])
             draw.text(place, text, "black", font)
     canvas.paste(layer, mask=layer)
     return canvas
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib brings this one along."""
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+def draw_frame(panels: list[Panel], time: float) -> Image.Image:
+    """The panels side by side at a time in 0 … S, below a title."""
+    drawn = [draw_panel(panel, time) for panel in panels]
+    gap = 6
+    width = sum(image.width + gap for image in drawn) - gap
+    frame = Image.new("RGB", (width, HEIGHT_PX + TITLE_PX), "white")
+    title = "learned proposals" if time < 0.5 else f"stage {max(1, round(time))}"
+    font = ImageFont.truetype(FONT, 16)
+    ImageDraw.Draw(frame).text((width / 2, TITLE_PX / 2), title, "black", font, anchor="mm")
+    for i, image in enumerate(drawn):
+        frame.paste(image, (sum(left.width + gap for left in drawn[:i]), TITLE_PX))
+    return frame
+
+
+def main() -> None:
+    """Writes both files."""
+    photographs = {"val_json": str(ASSETS / "blood/val.json"), "val_images": str(ASSETS / "blood")}
+    blood = make_panel(ASSETS / "blood.pt", 3, **photographs)
+    # Here the objects lie apart, so that a reader can follow the boxes.
+    shapes = make_panel(ASSETS / "shapes.pt", 10)
+    num_stages = len(blood[1]) - 1
+    frames = [draw_frame([blood, shapes], i / STEPS) for i in range(num_stages * STEPS + 1)]
+    frames[-1].save(ASSETS / "refinement.png", optimize=True)
+
+    # One palette for all frames: pixels that do not change are then not stored again.
+    samples = [np.asarray(frames[i]) for i in (0, len(frames) // 2, -1)]
+    palette = Image.fromarray(np.concatenate(samples)).quantize(COLOURS, dither=0)
+    first, *rest = (frame.quantize(palette=palette, dither=0) for frame in frames)
+    style = {"duration": ([HOLD_MS] + [FRAME_MS] * (STEPS - 1)) * num_stages + [END_MS], "loop": 0}
+    path = ASSETS / "refinement.gif"
+    first.save(path, save_all=True, append_images=rest, optimize=False, disposal=1, **style)
+    print(f"written: {path}, and its last frame as refinement.png")
+
+
+if __name__ == "__main__":
+    main()
