@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,12 +101,10 @@ class Predictor:
         if unknown := [name for name in classes if name not in self.class_names]:
             known = ", ".join(self.class_names)
             raise UserError(f"{weights} does not know the classes {unknown}; it has {known}")
-        is_wanted = [not classes or name in classes for name in self.class_names]
-        self.is_wanted = torch.tensor(is_wanted)  # (K,)
+        # (K,)
+        self.is_wanted = torch.tensor([not classes or name in classes for name in self.class_names])
 
-    def __call__(
-        self, images: AnyImage | Sequence[AnyImage]
-    ) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(self, images: AnyImage | Sequence[AnyImage]) -> dict | list[dict]:
         """Detects objects in one image, or in each image of a list.
 
         Args:
@@ -121,7 +120,7 @@ class Predictor:
         if not isinstance(images, list | tuple):
             return self([images])[0]
         found = []
-        for _, same_size in groupby(map(to_image, images), key=lambda image: image.shape):
+        for _, same_size in groupby(map(to_image, images), key=attrgetter("shape")):
             while batch := list(islice(same_size, self.batch_size)):
                 found += self.detect(batch)
         return found
@@ -161,11 +160,10 @@ def list_images(inputs: Sequence[str]) -> list[Path]:
         if os.path.isdir(text):
             entries = sorted(Path(text).glob("[!.]*"))
             inside = [e for e in entries if e.suffix.lower() in suffixes and e.is_file()]
-            others = len(entries) - len(inside)
+            content = f"{text}: {len(inside)} images and {len(entries) - len(inside)} other entries"
             if not inside:
-                raise UserError(f"{text}: no images in this folder, and {others} other entries")
-            if others:
-                print(f"{text}: {others} other entries than images are passed over")
+                raise UserError(f"{content}; give a folder with images right inside")
+            print(content)
         elif not os.path.isfile(text):  # a pipe or a device might never end
             raise UserError(f"{text!r} is neither a file nor a folder")
         files |= {file.resolve(): file for file in inside}
@@ -208,7 +206,8 @@ def read_ahead(files: Sequence[Path], workers: int) -> Iterator[Callable[[], Ten
             ahead.append(pool.submit(to_image, file))
             if len(ahead) > workers:
                 yield ahead.pop(0).result
-        yield from (future.result for future in ahead)
+        for future in ahead:
+            yield future.result
 
 
 # --- what is written ---
@@ -234,8 +233,10 @@ def record_of(file: Path, image: Tensor, found: dict[str, Any]) -> dict[str, Any
     height, width = image.shape[1:]
     # The name in UTF-8, whatever encoding Python takes for that of the file system.
     name = os.fsencode(file).decode("utf-8", "surrogateescape")
-    lists = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
-    return {"file": name, "width": width, "height": height, **lists, "names": found["names"]}
+    record = {"file": name, "width": width, "height": height}
+    for key in ("boxes", "scores", "labels"):
+        record[key] = found[key].tolist()
+    return {**record, "names": found["names"]}
 
 
 # --- command line ---

@@ -15,6 +15,7 @@ Shapes: N proposals, S stages, K classes, n boxes in an image. Images are RGB (3
 in pixels.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ def draw_image(image: Tensor, detections: dict[str, Tensor], class_names: Sequen
     if not len(detections["boxes"]):
         return image
     height, width = image.shape[1:]
-    line_px = max(2, round(max(height, width) / 320))
-    font_px = max(10, round(max(height, width) / 53))
+    side_px = math.sqrt(height * width)
+    font_px, line_px = max(10, round(side_px / 46)), max(2, round(side_px / 280))
     font = ImageFont.truetype(FONT, font_px)
 
     boxes_px = detections["boxes"].round()
@@ -96,8 +97,8 @@ def draw_image(image: Tensor, detections: dict[str, Tensor], class_names: Sequen
         places_px.append([x, y, x, y])
 
     # A dark rim makes a line visible on any background.
-    rims_px = boxes_px + torch.tensor([-1, -1, 1, 1])
-    image = draw_bounding_boxes(image, rims_px, colors="black", width=line_px + 2)
+    rims_px = boxes_px + torch.tensor([-1, -1, 1, 1]) * (line_px // 2)
+    image = draw_bounding_boxes(image, rims_px, colors="black", width=2 * line_px)
     image = draw_bounding_boxes(image, boxes_px, colors=colours, width=line_px)
     # The texts come last, so that no line crosses them, and the best detection's on top.
     style = {"width": 0, "fill_labels": True, "font": str(FONT), "font_size": font_px}
