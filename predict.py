@@ -1,92 +1,55 @@
 """Detects objects in image files.
 
+    predictor = Predictor("assets/blood.pt")
+    predictor("image.jpg")  # {"boxes": (n, 4), "scores": (n,), "labels": (n,), "names": [...]}
+
 In:  a checkpoint (a file, or the name of published weights) or an ONNX file of `tools/export.py`;
      images, or folders of images.
 Out: `OUTPUT/NAME.png`, each image with its boxes, class names and scores;
      `OUTPUT/detections.json`, a list with one record per image;
      `OUTPUT/stages/NAME.png`, with `--stages`: the learned proposals and the boxes of every stage.
 
-In Python:
+The command takes the images one by one, while threads decode the next ones. An image that cannot be
+read is reported and skipped. `detections.json` is written at the end, whatever ends the run.
 
-    predictor = Predictor("runs/demo/last.pt")
-    predictor("image.jpg")  # {"boxes": (n, 4), "scores": (n,), "labels": (n,), "names": [...]}
-
-Both go the same way. An image is decoded and resized to the size that the model is evaluated at,
-which the command line leaves to worker processes. Then `Predictor.detect` runs the model and turns
-its boxes back into pixels of the image. An image that fails is reported and skipped.
-
-Shapes: n detections of an image, N proposals, K classes, S stages. Boxes are xyxy in pixels of the
-image given, after its EXIF orientation.
+Shapes: n detections of an image, K classes. Boxes are xyxy in pixels of the image given, after its
+EXIF orientation.
 """
 
-import contextlib
-import difflib
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import tyro
-from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
+from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from config import Config
-from data import Transforms, eval_transforms
-from model import StageOutputs, load_model
+from data import ShortestSize
+from model import load_model
+from support.checkpoint import PUBLISHED
 from support.cli import parse_args, run_main
-from support.devices import AMP_DTYPES, choose_threads, pick_device, warn_of_slow_bf16
+from support.devices import AMP_DTYPES, choose_threads, pick_device
 from support.errors import UserError
-from support.inputs import check_exists, describe, list_images, output_names
+from support.files import make_folder, replacing, write_json
 from support.onnx_detector import OnnxDetector
-from support.pictures import AnyImage, to_image
-from support.results import (
-    Failure,
-    Item,
-    JsonList,
-    attempt,
-    describe_signal,
-    load_tolerantly,
-    make_folder,
-    raise_bug,
-    signal_of,
-    signals_like_ctrl_c,
-    undisturbed,
-    would_fail_again,
-)
-from visualize import draw_detections, draw_stages, save_figure
+from support.pictures import AnyImage, readable_suffixes, to_image
+from visualize import draw_image, draw_stages, save_figure
 
 # Pixels: the longest side of a picture that is written. Others are enlarged or shrunk to these.
 MIN_SHOWN_PX, MAX_SHOWN_PX = 480, 1600
-NO_INPUTS = "give images or folders: python predict.py IMAGE_OR_FOLDER … --weights FILE"
 
 
 # --- from an image to detections ---
-
-
-class Found(NamedTuple):
-    """What was found in an image."""
-
-    detections: dict[str, Any]  # see `Predictor.__call__`
-    stages: StageOutputs | None  # of this image alone (B = 1), in pixels of the resized image
-
-
-def resize(image: Tensor, transforms: Transforms) -> Tensor:
-    """An image (3, H, W) at the size that the model is evaluated at, (3, h, w)."""
-    return transforms(tv_tensors.Image(image)).as_subclass(Tensor)
-
-
-def is_onnx(weights: str) -> bool:
-    """Whether a file is taken for an ONNX file, rather than for a checkpoint."""
-    return Path(weights).suffix.lower() == ".onnx"
 
 
 class Predictor:
@@ -98,8 +61,8 @@ class Predictor:
         device: "auto", "cpu", "cuda", …
         score_threshold: detections that score less are left out.
         classes: names of the only classes to report; by default all.
-        batch_size: how many images go through the model at a time. Only those that are resized to
-            the same size do, because padding would change their detections.
+        batch_size: how many images of a list go through the model at a time. Only those of equal
+            size do, because padding would change their detections.
         amp: "off", "bf16" or "fp16".
         test_size: pixels of the shortest side that images are resized to; by default that of the
             weights.
@@ -120,53 +83,28 @@ class Predictor:
         test_size: int | None = None,
         max_size: int | None = None,
     ):
-        self.weights = str(weights)
         self.device = pick_device(device)
         self.score_threshold = score_threshold
         self.batch_size = batch_size
         self.amp = amp
-        self.model, config, self.class_names = self._load()
-        self.test_size = test_size or config.test_size
-        self.max_size = max_size or config.max_size
-        self.config = replace(config, test_size=self.test_size, max_size=self.max_size)
-        self.transforms = eval_transforms(self.config)
-        self.select_classes(classes)
+        if Path(weights).suffix.lower() == ".onnx":
+            if amp != "off":
+                raise UserError(f"{weights}: an ONNX file has its own precision; leave out --amp")
+            self.model = OnnxDetector(weights, self.device)
+            self.class_names, self.backbone, sizes = self.model.class_names, "", self.model
+        else:
+            model, checkpoint = load_model(weights, self.device)
+            self.model, sizes = model.for_inference(), checkpoint["config"]
+            self.class_names, self.backbone = checkpoint["class_names"], sizes.backbone
+        self.resize = ShortestSize((test_size or sizes.test_size,), max_size or sizes.max_size)
 
-    def _load(self) -> tuple[nn.Module | OnnxDetector, Config, list[str]]:
-        """The model, a config with its sizes, and its K class names."""
-        if not is_onnx(self.weights):
-            model, checkpoint = load_model(self.weights, self.device)
-            return model.for_inference(), checkpoint["config"], list(checkpoint["class_names"])
-        if self.amp != "off":
-            raise UserError(
-                f"{self.weights}: an ONNX file runs in the precision that it was written in; leave "
-                "out --amp"
-            )
-        detector = OnnxDetector(self.weights, self.device)
-        config = Config(test_size=detector.test_size, max_size=detector.max_size)
-        return detector, config, list(detector.class_names)
+        if unknown := [name for name in classes if name not in self.class_names]:
+            known = ", ".join(self.class_names)
+            raise UserError(f"{weights} does not know the classes {unknown}; it has {known}")
+        # (K,)
+        self.is_wanted = torch.tensor([not classes or name in classes for name in self.class_names])
 
-    def select_classes(self, names: Sequence[str]) -> None:
-        """From now on, reports only these classes; all of them if there are no names.
-
-        Raises:
-            UserError: a name is not one of the model's classes.
-        """
-        names = [names] if isinstance(names, str) else names
-        if unknown := [name for name in names if name not in self.class_names]:
-            similar = difflib.get_close_matches(unknown[0], self.class_names, n=1)
-            hint = f"did you mean {similar[0]}? " if similar else ""
-            shown = ", ".join(self.class_names[:100])
-            more = f" and {len(self.class_names) - 100} more" if len(self.class_names) > 100 else ""
-            raise UserError(
-                f"{self.weights} does not know the classes {unknown}; {hint}it has {shown}{more}"
-            )
-        is_wanted = [not names or name in names for name in self.class_names]
-        self.is_wanted = torch.tensor(is_wanted)  # (K,)
-
-    def __call__(
-        self, images: AnyImage | Sequence[AnyImage]
-    ) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(self, images: AnyImage | Sequence[AnyImage]) -> dict | list[dict]:
         """Detects objects in one image, or in each image of a list.
 
         Args:
@@ -181,258 +119,124 @@ class Predictor:
         """
         if not isinstance(images, list | tuple):
             return self([images])[0]
-        detections = []
-        for first in range(0, len(images), self.batch_size):
-            batch = [to_image(image) for image in images[first : first + self.batch_size]]
-            resized = [resize(image, self.transforms) for image in batch]
-            sizes_hw = [tuple(image.shape[1:]) for image in batch]
-            detections += [found.detections for found in self.detect(resized, sizes_hw)]
-        return detections
+        found = []
+        for _, same_size in groupby(map(to_image, images), key=attrgetter("shape")):
+            while batch := list(islice(same_size, self.batch_size)):
+                found += self.detect(batch)
+        return found
 
     @torch.inference_mode()
-    def detect(
-        self,
-        images: Sequence[Tensor],
-        sizes_hw: Sequence[tuple[int, int]],
-        with_stages: bool = False,
-    ) -> list[Found]:
-        """Detects objects in images that are resized already.
-
-        Args:
-            images: each (3, h, w) uint8. Those of equal size go through the model together.
-            sizes_hw: heights and widths of the images before, in whose pixels the boxes come back.
-            with_stages: keep the predictions of every stage, too. ONNX files do not have them.
-        """
-        same_size: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(images):
-            same_size.setdefault(tuple(image.shape), []).append(i)
-
-        found: dict[int, Found] = {}
-        for group in same_size.values():
-            detections, stages = self._run_model([images[i] for i in group], with_stages)
-            for i, detection, stage in zip(group, detections, stages, strict=True):
-                resized_hw = tuple(images[i].shape[1:])
-                found[i] = Found(self._report(detection, resized_hw, sizes_hw[i]), stage)
-        return [found[i] for i in range(len(images))]
-
-    def _run_model(
-        self, images: list[Tensor], with_stages: bool
-    ) -> tuple[list[dict[str, Tensor]], list[StageOutputs | None]]:
-        """Images (3, h, w) of one size to detections in their pixels, and to stages if wanted."""
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Detects objects in images (3, H, W) uint8 of one size, with one pass of the model."""
+        resized = [self.resize(image) for image in images]
         with torch.autocast(self.device.type, AMP_DTYPES[self.amp], enabled=self.amp != "off"):
-            if not with_stages:
-                return self.model(images), [None] * len(images)
+            results = self.model(resized)
 
-            outputs = self.model.stages(images)
-            height, width = images[0].shape[1:]
-            whwh_px = torch.tensor([width, height, width, height], dtype=torch.float32)
-            whwh_px = whwh_px.to(self.device).expand(len(images), 4)
-            detections = self.model.detections(outputs.logits[-1], outputs.boxes[-1], whwh_px)
-        stages = [
-            StageOutputs(outputs.logits[:, i : i + 1], outputs.boxes[:, i : i + 1])
-            for i in range(len(images))
-        ]
-        return detections, stages
-
-    def _report(
-        self, detection: dict[str, Tensor], resized_hw: tuple[int, int], size_hw: tuple[int, int]
-    ) -> dict[str, Any]:
-        """The detections that are wanted, in pixels of the image before it was resized."""
-        boxes, scores, labels = (detection[key].cpu() for key in ("boxes", "scores", "labels"))
-        keep = (scores >= self.score_threshold) & self.is_wanted[labels]
-        scale = [size_hw[1] / resized_hw[1], size_hw[0] / resized_hw[0]] * 2
-        return {
-            "boxes": boxes[keep] * torch.tensor(scale),
-            "scores": scores[keep],
-            "labels": labels[keep],
-            "names": [self.class_names[label] for label in labels[keep].tolist()],
-        }
+        (height, width), (h, w) = images[0].shape[1:], resized[0].shape[1:]
+        scale = torch.tensor([width / w, height / h] * 2)
+        found = []
+        for result in results:
+            boxes, scores, labels = (result[key].cpu() for key in ("boxes", "scores", "labels"))
+            keep = (scores >= self.score_threshold) & self.is_wanted[labels]
+            names = [self.class_names[label] for label in labels[keep].tolist()]
+            kept = {"boxes": boxes[keep] * scale, "scores": scores[keep], "labels": labels[keep]}
+            found.append({**kept, "names": names})
+        return found
 
 
-# --- from files to files ---
+# --- which files ---
 
 
-class ImageFiles(Dataset):
-    """Image files as pairs (image, target), decoded and resized by the loader's worker processes.
-
-        image    (3, h, w) uint8, at the size that the model is evaluated at
-        target   size_hw   height and width of the file, in pixels
-                 shown     (3, h', w') uint8, the image or, of a large one, a smaller copy
-
-    The workers get a copy of this object, so it must not hold the model.
-    """
-
-    def __init__(self, files: Sequence[Path], transforms: Transforms):
-        self.files = files
-        self.transforms = transforms
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        image = to_image(self.files[index])
-        size_hw = tuple(image.shape[1:])
-        return resize(image, self.transforms), {"size_hw": size_hw, "shown": shrink(image)}
-
-
-def shrink(image: Tensor) -> Tensor:
-    """An image (3, H, W) whose longest side is at most `MAX_SHOWN_PX`."""
-    longest = max(image.shape[1:])
-    if longest <= MAX_SHOWN_PX:
-        return image
-    # Not by F.resize's max_size, which makes a side of 0 pixels of a very long image.
-    size = [max(1, int(MAX_SHOWN_PX * side / longest)) for side in image.shape[1:]]
-    return F.resize(image, size, antialias=True)
-
-
-@dataclass
-class Tally:
-    """How far `predict_files` has come."""
-
-    files: int  # how many there are
-    output: Path
-    images: int = 0  # how many are done
-    detections: int = 0
-    failures: list[Failure] = field(default_factory=list)  # of the images that were skipped
-
-    def __str__(self) -> str:
-        if not self.images:
-            return f"no image was done; {self.output / 'detections.json'} is as it was"
-        return f"{self.images} of {self.files} images are done, with results in {self.output}"
-
-    def skip(self, file: Path, failure: Failure) -> None:
-        """Counts an image as skipped and says so."""
-        self.failures.append(failure)
-        # Standard error may be closed or go to a full disk. That should not end the run.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            # Unlike print, this does not break the progress bar.
-            tqdm.write(f"predict.py: skipped {failure.about(file)}", file=sys.stderr)
-
-
-def predict_files(
-    predictor: Predictor,
-    files: Sequence[Path],
-    output: Path,
-    workers: int,
-    with_stages: bool,
-    tally: Tally,
-) -> None:
-    """Detects objects in files, and writes the pictures and the record of each as they come.
-
-    Args:
-        predictor: gets batches of its `batch_size`.
-        files: not all of them need be images.
-        output: folder to write into.
-        workers: processes that load images.
-        with_stages: also draw the boxes of every stage.
-        tally: counts what is done; the caller can look at it even if this is interrupted.
+def list_images(inputs: Sequence[str]) -> list[Path]:
+    """The files among the inputs, and the images right inside the folders, each once.
 
     Raises:
-        OSError: nothing more can be written, as on a full disk. The results so far are kept.
-        RuntimeError: an error in the program made all images fail.
+        UserError: an input is neither a file nor a folder, or a folder holds no image.
     """
-    names = output_names(files)
-    # None: only on a terminal. Standard error itself is None if it is closed.
-    is_hidden = None if sys.stderr else True
-    bar = tqdm(total=len(files), desc="predict", unit="image", disable=is_hidden, leave=False)
-    with bar, JsonList(output / "detections.json") as records:
-        results = detect_in_files(predictor, files, workers, with_stages)
-        for file, name, (item, found) in zip(files, names, results, strict=True):
-            bar.update()
-            if isinstance(found, Failure):
-                tally.skip(file, found)
-                continue
-            try:
-                undisturbed(partial(write_pictures, predictor, output, name, item, found))
-                records.append(record_of(file, item, found))
-            except Exception as error:
-                if would_fail_again(error):
-                    raise
-                tally.skip(file, Failure.of(error))
-            else:
-                tally.images += 1
-                tally.detections += len(found.detections["names"])
-        if not tally.images:
-            raise_bug(tally.failures)
+    files: dict[Path, Path] = {}
+    suffixes = readable_suffixes()
+    for text in inputs:
+        inside = [Path(text)]
+        if os.path.isdir(text):
+            entries = sorted(Path(text).glob("[!.]*"))
+            inside = [e for e in entries if e.suffix.lower() in suffixes and e.is_file()]
+            content = f"{text}: {len(inside)} images and {len(entries) - len(inside)} other entries"
+            if not inside:
+                raise UserError(f"{content}; give a folder with images right inside")
+            print(content)
+        elif not os.path.isfile(text):  # a pipe or a device might never end
+            raise UserError(f"{text!r} is neither a file nor a folder")
+        files |= {file.resolve(): file for file in inside}
+    if not files:
+        raise UserError("give images or folders: predict.py IMAGE_OR_FOLDER … --weights FILE")
+    return list(files.values())
 
 
-def detect_in_files(
-    predictor: Predictor, files: Sequence[Path], workers: int, with_stages: bool
-) -> Iterator[tuple[Item | Failure, Found | Failure]]:
-    """Yields an item of `ImageFiles` and what was found in it, file by file."""
-
-    def detect(items: Sequence[Item]) -> list[Found]:
-        images = [image for image, _ in items]
-        sizes_hw = [target["size_hw"] for _, target in items]
-        return predictor.detect(images, sizes_hw, with_stages)
-
-    indices = range(len(files))
-    size = predictor.batch_size
-    batches = [list(indices[first : first + size]) for first in indices[::size]]
-    dataset = ImageFiles(files, predictor.transforms)
-    resized_bytes = 3 * predictor.test_size * predictor.max_size
-    batch_bytes = size * (resized_bytes + 3 * MAX_SHOWN_PX**2)  # at most
-    for items in load_tolerantly(dataset, batches, workers, batch_bytes):
-        yield from zip(items, attempt(detect, items), strict=True)
+def output_names(files: Sequence[Path]) -> list[str]:
+    """NAME.png for each NAME.jpg; if that is taken NAME_2.png, NAME_3.png, …"""
+    names: list[str] = []
+    taken: set[str] = set()
+    for file in files:
+        name, number = file.stem, 1
+        # Some file systems tell names apart neither by case nor by the form of their Unicode.
+        while (key := unicodedata.normalize("NFC", name).casefold()) in taken:
+            number += 1
+            name = f"{file.stem}_{number}"
+        names.append(f"{name}.png")
+        taken.add(key)
+    return names
 
 
-def write_pictures(predictor: Predictor, output: Path, name: str, item: Item, found: Found) -> None:
-    """Writes NAME.png and, if there are stages, stages/NAME.png."""
-    image, target = item
-    save_picture(
-        output / f"{name}.png",
-        target["shown"],
-        target["size_hw"],
-        found.detections,
-        predictor.class_names,
-    )
-    if found.stages is not None:
-        figure = draw_stages(
-            predictor.model,
-            [image],
-            predictor.class_names,
-            predictor.score_threshold,
-            outputs=[found.stages],
-        )
-        save_figure(figure, output / "stages" / f"{name}.png")
+def refuse_to_overwrite(files: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Raises a UserError if one of the files to write is one of those to read, by whatever name."""
+    inputs = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, files)}
+    for path in outputs:
+        if path.exists() and (path.stat().st_dev, path.stat().st_ino) in inputs:
+            raise UserError(f"{path} is one of the inputs; choose another --output")
 
 
-def save_picture(
-    path: Path,
-    shown: Tensor,
-    size_hw: tuple[int, int],
-    detections: dict[str, Any],
-    class_names: Sequence[str],
-) -> None:
-    """Draws detections over an image.
-
-    Args:
-        path: of the picture. It has the pixels of `shown`, or a multiple of them.
-        shown: (3, h, w), the image or a smaller copy of it.
-        size_hw: height and width of the image, in whose pixels the boxes are.
-        detections: see `Predictor.__call__`.
-        class_names: K names.
-    """
-    height, width = shown.shape[1:]
-    scale = max(1.0, MIN_SHOWN_PX / max(height, width))
-    # On a large picture the texts are as large in relation to it.
-    dpi = max(100.0, max(height, width) * scale / 8)
-    # A side of less than one pixel would become none.
-    size_inches = [max(1.01, side * scale) / dpi for side in (width, height)]
-    figure = Figure(figsize=size_inches, dpi=dpi)
-    axes = figure.add_axes((0, 0, 1, 1))
-    draw_detections(axes, shown, detections, class_names, threshold=0.0, size_hw=size_hw)
-    axes.set_aspect("auto")  # because the sides are rounded to whole pixels
-    save_figure(figure, path, dpi)
+def read_ahead(files: Sequence[Path], workers: int) -> Iterator[Callable[[], Tensor]]:
+    """For each file a function that gives its image; threads decode the next ones meanwhile."""
+    if workers < 1:
+        yield from (partial(to_image, file) for file in files)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: list[Future[Tensor]] = []
+        for file in files:
+            ahead.append(pool.submit(to_image, file))
+            if len(ahead) > workers:
+                yield ahead.pop(0).result
+        for future in ahead:
+            yield future.result
 
 
-def record_of(file: Path, item: Item, found: Found) -> dict[str, Any]:
+# --- what is written ---
+
+
+def save_picture(path: Path, image: Tensor, found: dict, class_names: Sequence[str]) -> None:
+    """Draws detections on an image (3, H, W), or on a smaller or larger copy of it, as a PNG."""
+    longest = max(image.shape[1:])
+    shown_px = min(max(longest, MIN_SHOWN_PX), MAX_SHOWN_PX)
+    if shown_px != longest:
+        # Not by F.resize's max_size, which makes a side of 0 pixels of a very long image.
+        size = [max(1, side * shown_px // longest) for side in image.shape[1:]]
+        scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]] * 2)
+        found = {**found, "boxes": found["boxes"] * scale}
+        image = F.resize(image, size)
+    picture = F.to_pil_image(draw_image(image, found, class_names))
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG", compress_level=1, compress_type=3)
+
+
+def record_of(file: Path, image: Tensor, found: dict[str, Any]) -> dict[str, Any]:
     """An image's entry in detections.json."""
-    _, target = item
-    height, width = target["size_hw"]
+    height, width = image.shape[1:]
     # The name in UTF-8, whatever encoding Python takes for that of the file system.
     name = os.fsencode(file).decode("utf-8", "surrogateescape")
     record = {"file": name, "width": width, "height": height}
-    for key, value in found.detections.items():
-        record[key] = value.tolist() if isinstance(value, Tensor) else value
-    return record
+    for key in ("boxes", "scores", "labels"):
+        record[key] = found[key].tolist()
+    return {**record, "names": found["names"]}
 
 
 # --- command line ---
@@ -440,21 +244,14 @@ def record_of(file: Path, item: Item, found: Found) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PredictArgs:
-    inputs: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="IMAGE_OR_FOLDER …", help="images, and folders of images"),
-    ]
-    # Checkpoint, ONNX file, or name of published weights (see the README). The default is such a
-    # name: it downloads about 420 MB, once, into torch.hub's cache (~/.cache/torch/hub/checkpoints
-    # unless TORCH_HOME is set).
-    weights: str = "sparse-rcnn-r50-100"
+    inputs: tyro.conf.Positional[tuple[str, ...]]  # images, and folders of images
+    # Needed: a checkpoint, an ONNX file, or the name of published weights (see the README).
+    weights: str | None = None
     output: Path = Path("runs/predict")  # folder for pictures and detections.json
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
-    batch_size: int = 4  # images at a time, of equal size
-    workers: int = 4  # processes that load images; 0 loads them in the main process
+    workers: int = 4  # threads that decode images ahead; 0 decodes in the main thread
     score_threshold: float = 0.4  # detections that score less are left out
-    # Names of the only classes to report; by default all. A file among them is taken for an input.
-    classes: tuple[str, ...] = ()
+    classes: str = ""  # the only classes to report, as in cat,dog; by default all
     stages: bool = False  # also draw the learned proposals and the boxes of every stage
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
     test_size: int | None = None  # pixels: shortest side of the images; by default the checkpoint's
@@ -465,111 +262,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line.
 
     Returns:
-        1 if images were skipped, 128 + its number after a signal, else 0.
+        1 if images were skipped, else 0.
 
     Raises:
         UserError: a mistake that the user can fix.
     """
     args = parse_args(argv, PredictArgs, "predict.py", "Detects objects in images.")
-    check(args)
+    if args.weights is None:
+        raise UserError(
+            "--weights is missing: give a checkpoint, such as assets/blood.pt, an ONNX file, or a "
+            f"name of published weights ({', '.join(PUBLISHED)}: about 420 MB, downloaded once)"
+        )
+    if not 0 <= args.score_threshold <= 1:
+        raise UserError(f"--score-threshold {args.score_threshold} should lie in 0 … 1")
+    files = list_images(args.inputs)
+    names = output_names(files)
+    folders = [args.output, args.output / "stages"] if args.stages else [args.output]
+    record_file = args.output / "detections.json"
+    refuse_to_overwrite(files, [record_file, *(f / name for f in folders for name in names)])
     predictor = Predictor(
         args.weights,
         args.device,
         args.score_threshold,
-        batch_size=args.batch_size,
+        args.classes.split(",") if args.classes else (),
         amp=args.amp,
         test_size=args.test_size,
         max_size=args.max_size,
     )
-    choose_threads(predictor.device, predictor.config, predictor.test_size)
-    warn_of_slow_bf16(predictor.device, args.amp)
-    classes, more_inputs = split_classes(args.classes, predictor.class_names)
-    predictor.select_classes(classes)
-    files, passed_over = list_images([*args.inputs, *more_inputs])
-    if not files:
-        raise UserError(NO_INPUTS)
-    check_output(args.output, files, args.stages)
-    make_folder(args.output / "stages" if args.stages else args.output)
+    model, class_names = predictor.model, predictor.class_names
+    if args.stages and isinstance(model, OnnxDetector):
+        raise UserError(f"--stages: {args.weights} has none; use the checkpoint it was made from")
+    choose_threads(predictor.device, predictor.backbone, args.amp)
+    make_folder(folders[-1])
 
-    tally = Tally(len(files), args.output)
+    records = []
+    bar = tqdm(files, desc="predict", unit="image", disable=None, leave=False)
     try:
-        with signals_like_ctrl_c():
-            predict_files(predictor, files, args.output, args.workers, args.stages, tally)
-    except KeyboardInterrupt as stop:
-        number = signal_of(stop)
-        print(f"predict.py: stopped by {describe_signal(number)}; {tally}", file=sys.stderr)
-        return 128 + number
-    except OSError as error:
-        raise UserError(f"{error}; {tally}") from None
-
-    print_summary(args, predictor, tally, passed_over)
-    return 1 if tally.failures else 0
-
-
-def check(args: PredictArgs) -> None:
-    """Finds the mistakes that can be seen before the weights are loaded.
-
-    Raises:
-        UserError: says what is wrong.
-    """
-    for text in args.inputs:
-        check_exists(text)
-    if not args.inputs and not any(map(os.path.exists, args.classes)):
-        words = f"{', '.join(args.classes)} after --classes: no such file; " if args.classes else ""
-        raise UserError(f"{words}{NO_INPUTS}")
-    sizes = [size for size in (args.test_size, args.max_size) if size is not None]
-    if min([args.batch_size, *sizes]) < 1 or args.workers < 0:
-        raise UserError(
-            "--batch-size, --test-size and --max-size should be at least 1, --workers at least 0"
-        )
-    if not 0 <= args.score_threshold <= 1:
-        raise UserError(f"--score-threshold {args.score_threshold} should lie in 0 … 1")
-    if args.stages and is_onnx(args.weights):
-        raise UserError(
-            f"--stages: {args.weights} gives the detections of the last stage only; use the "
-            "checkpoint that it was exported from"
-        )
-
-
-def split_classes(words: Sequence[str], class_names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words after `--classes` as class names and inputs.
-
-    The flag takes all words up to the next flag, as in `--classes cat dog a.jpg`. A word that is
-    not a class of the model but a file or folder must be an input.
-    """
-    inputs = [word for word in words if word not in class_names and os.path.exists(word)]
-    return [word for word in words if word not in inputs], inputs
-
-
-def check_output(output: Path, files: Sequence[Path], with_stages: bool) -> None:
-    """Refuses to write over one of the inputs.
-
-    Raises:
-        UserError: names it.
-    """
-    # Path.resolve would raise an error on links in a circle.
-    inputs = {os.path.realpath(file) for file in files}
-    for folder in (output, output / "stages") if with_stages else (output,):
-        for name in output_names(files):
-            if os.path.realpath(folder / f"{name}.png") in inputs:
-                raise UserError(
-                    f"--output {output}: {name}.png there is one of the inputs; choose another "
-                    "folder"
-                )
-
-
-def print_summary(
-    args: PredictArgs, predictor: Predictor, tally: Tally, passed_over: Counter[str]
-) -> None:
-    if passed_over:
-        print(f"passed over in the folders: {describe(passed_over)}")
-    how = "in onnxruntime" if is_onnx(args.weights) else "batch norms folded, channels last"
-    print(
-        f"{tally.images} image{'s' * (tally.images != 1)}, {tally.detections} detections, "
-        f"{len(tally.failures)} skipped "
-        f"({predictor.device.type}, {how}, mixed precision {args.amp})"
-    )
-    print(f"written: {args.output / 'detections.json'}, and the pictures beside it")
+        for file, name, read in zip(bar, names, read_ahead(files, args.workers), strict=True):
+            try:
+                image = read()
+            except UserError as error:
+                tqdm.write(f"predict.py: skipped {error}", file=sys.stderr)
+                continue
+            found = predictor(image)
+            save_picture(args.output / name, image, found, class_names)
+            if args.stages:
+                resized = predictor.resize(image)
+                figure = draw_stages(model, [resized], class_names, args.score_threshold)
+                save_figure(figure, args.output / "stages" / name)
+            records.append(record_of(file, image, found))
+    finally:
+        # After an error, Ctrl-C or SIGTERM too. An earlier file stays until there is something new.
+        if records:
+            write_json(record_file, records)
+            print(f"{len(records)} of {len(files)} images are done, with results in {args.output}")
+    return 0 if len(records) == len(files) else 1
 
 
 if __name__ == "__main__":
