@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -125,8 +124,7 @@ def test_a_wrong_flag_exits_with_2(argv: list[str], capsys: pytest.CaptureFixtur
 # --- how a command ends ---
 
 
-def test_exit_codes(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # run_main changes it
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
     def raising(error: BaseException) -> int:
         def main() -> None:
