@@ -120,10 +120,7 @@ def test_what_cannot_be_loaded_says_what_to_do(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, "http://127.0.0.1:9/resnet18-f37072fd.pth")  # nobody listens there
-    for contents in (None, b"", b"no weights", b"PK\x03\x04 cut off"):
-        if contents is not None:
-            (cache / "resnet18-f37072fd.pth").write_bytes(contents)
-        with pytest.raises(FileNotFoundError) as error:
-            ResNetFPN("resnet18")
-        for words in ("resnet18-f37072fd.pth", str(cache), "pretrained=False"):
-            assert words in str(error.value)
+    with pytest.raises(FileNotFoundError) as error:
+        ResNetFPN("resnet18")
+    for words in ("resnet18-f37072fd.pth", str(cache), "pretrained=False"):
+        assert words in str(error.value)

@@ -1,20 +1,21 @@
-"""The recipe's numbers, and what the command line accepts."""
+"""The recipe's numbers, what the command line accepts, and how a command ends."""
 
 import os
+import signal
 import subprocess
 import sys
-import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 
-from config import PRESETS, Config
-from support.cli import parse_args, preset_from, run_main
-from support.devices import pick_device
+from config import PRESETS, Config, preset_from
+from support.cli import parse_args, run_main
 from support.errors import UserError
 from train import TrainArgs, learning_rate
+
+# --- the recipe ---
 
 
 def test_presets_are_the_papers() -> None:
@@ -27,68 +28,35 @@ def test_presets_are_the_papers() -> None:
             assert config.backbone == f"resnet{depth}" and config.num_proposals == int(proposals)
             assert config.crop == (proposals == "300")
     c = Config()
-    assert (c.hidden_dim, c.dynamic_dim, c.num_stages, c.num_heads, c.ffn_dim, c.roi_size) == (
-        256,
-        64,
-        6,
-        8,
-        2048,
-        7,
-    )
-    assert (c.class_weight, c.l1_weight, c.giou_weight, c.focal_alpha, c.focal_gamma) == (
-        2,
-        5,
-        2,
-        0.25,
-        2,
-    )
-    assert (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip_norm) == (
-        36,
-        16,
-        2.5e-5,
-        1e-4,
-        1.0,
-    )
+    sizes = (c.hidden_dim, c.dynamic_dim, c.num_stages, c.num_heads, c.ffn_dim, c.roi_size)
+    assert sizes == (256, 64, 6, 8, 2048, 7)
+    weights = (c.class_weight, c.l1_weight, c.giou_weight, c.focal_alpha, c.focal_gamma)
+    assert weights == (2, 5, 2, 0.25, 2)
+    optimizer = (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip_norm)
+    assert optimizer == (36, 16, 2.5e-5, 1e-4, 1.0)
     assert c.min_sizes == tuple(range(480, 801, 32)) and (c.max_size, c.test_size) == (1333, 800)
 
 
-def factor(step: int, total_steps: int, config: Config) -> float:
-    """The share of the peak rate."""
-    return learning_rate(step, total_steps, config) / config.learning_rate
+@pytest.mark.parametrize(
+    ("config", "total_steps", "factors"),
+    [
+        # The paper's run: 118,287 images in batches of 16.
+        (Config(), 36 * 7392, {0: 0.01, 500: 0.505, 1000: 1, 27 * 7392 - 1: 1, 33 * 7392: 0.01}),
+        # Milestones scale with the epochs, and the warm-up is at most a tenth of the run.
+        (Config(epochs=12), 1200, {60: 0.505, 899: 1, 900: 0.1, 1099: 0.1, 1100: 0.01}),
+        (Config(), 5, {0: 1}),  # no warm-up fits
+        (PRESETS["shapes"], 2000, {1000: 0.5, 1999: 0}),  # half a cosine
+        (Config(batch_size=4), 5, {0: 1 / 4}),  # the rate is linear in the batch size
+        (Config(batch_size=4, lr=1e-3), 5, {0: 1e-3 / 2.5e-5}),  # unless it is given
+    ],
+)
+def test_the_schedule(config: Config, total_steps: int, factors: dict[int, float]) -> None:
+    for step, factor in factors.items():
+        rate = learning_rate(step, total_steps, config) / config.lr_at_16
+        assert rate == pytest.approx(factor, abs=1e-6), step
 
 
-def test_the_step_schedule_of_the_paper() -> None:
-    config, total = Config(), 36 * 7392  # 118,287 images in batches of 16
-    factors = {
-        step: factor(step, total, config) for step in (0, 500, 1000, 27 * 7392 - 1, 27 * 7392)
-    }
-    assert (
-        factors[0] == pytest.approx(0.01)
-        and factors[500] == pytest.approx(0.505)
-        and factors[1000] == pytest.approx(1)
-    )
-    assert factors[27 * 7392 - 1] == pytest.approx(1) and factors[27 * 7392] == pytest.approx(0.1)
-    assert factor(33 * 7392 - 1, total, config) == pytest.approx(0.1)
-    assert factor(33 * 7392, total, config) == pytest.approx(0.01)
-
-
-def test_milestones_scale_with_the_epochs_and_warm_up_is_at_most_a_tenth() -> None:
-    config = replace(Config(), epochs=12)
-    assert factor(9 * 100 - 1, 1200, config) == pytest.approx(1)
-    assert factor(9 * 100, 1200, config) == pytest.approx(0.1)
-    assert factor(60, 1200, config) == pytest.approx(0.505)  # 120 steps, not 1,000
-    assert factor(0, 5, config) == pytest.approx(1)  # no warm-up fits
-
-
-def test_the_cosine_schedule_ends_at_zero() -> None:
-    config = PRESETS["shapes"]
-    assert factor(1000, 2000, config) == pytest.approx(0.5, abs=1e-3)
-    assert factor(1999, 2000, config) == pytest.approx(0, abs=1e-5)
-
-
-def test_the_rate_is_linear_in_the_batch_size_unless_given() -> None:
-    assert replace(Config(), batch_size=4).learning_rate == pytest.approx(2.5e-5 / 4)
-    assert replace(Config(), batch_size=4, lr=1e-3).learning_rate == 1e-3
+# --- what a config refuses ---
 
 
 def test_dict_round_trip_also_through_json_lists() -> None:
@@ -97,174 +65,116 @@ def test_dict_round_trip_also_through_json_lists() -> None:
     assert Config.from_dict(values) == PRESETS["r50-300"]
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"colour": 3}, ["colour", "unknown"]),
-        ({"num_stages": "six"}, ["num_stages", "six"]),
-        ({"num_stages": 2.5}, ["num_stages"]),
-        ({"num_stages": True}, ["num_stages"]),
-        ({"backbone": "vgg"}, ["backbone", "vgg"]),
-        ({"num_proposals": 0}, ["num_proposals"]),
-        ({"hidden_dim": 100}, ["hidden_dim", "num_heads"]),
-        ({"micro_batch": 17}, ["micro_batch", "16"]),
-        ({"min_sizes": []}, ["min_sizes"]),
-        ({"lr": -1.0}, ["lr"]),
-        ({"lr": float("nan")}, ["lr"]),
-        ({"prior_prob": 1.0}, ["prior_prob"]),
-        ({"workers": -1}, ["workers"]),
-        ({"seed": -1}, ["seed"]),
-        ({"seed": 2**70}, ["seed"]),
-        ({"weight_decay": -1.0}, ["weight_decay"]),
-        ({"dropout": 1.0}, ["dropout"]),
-        ({"num_reg_layers": -1}, ["num_reg_layers"]),
-        ({"lr": float("inf")}, ["lr"]),
-        ({"milestones": [27, 33]}, ["milestones=(27, 33)", "shares of the run, such as 0.75"]),
-        ({"milestones": [0.5, float("nan")]}, ["milestones"]),
-        *(
-            ({name: value}, [f"{name}={value}", "at least 0"])
-            for name in ("class_weight", "l1_weight", "giou_weight", "focal_gamma")
-            for value in (-1.0, float("nan"))
-        ),
-        *(
-            ({name: value}, [f"{name}={value}", "0 … 1"])
-            for name in ("focal_alpha", "warmup_factor")
-            for value in (-0.1, 1.1, float("nan"))
-        ),
-    ],
+    ("name", "values"),
+    {
+        "colour": [3],  # an unknown key
+        "backbone": ["vgg"],
+        "num_stages": ["six", 2.5, True, 0],
+        "hidden_dim": [100],  # not a multiple of num_heads
+        "micro_batch": [17],  # more than batch_size
+        "min_sizes": [[]],
+        "lr": [-1.0, NAN, INF],
+        "l1_weight": [-1.0, NAN, INF],
+        "focal_gamma": [-1.0, 0.5, NAN],
+        "prior_prob": [0.0, 1.0, NAN],
+        "warmup_factor": [-0.1, 1.1, NAN],
+        "milestones": [[27, 33], [0.5, NAN]],
+    }.items(),
 )
-def test_unknown_keys_wrong_types_and_senseless_values_are_errors(
-    values: dict, words: list[str]
-) -> None:
-    with pytest.raises(UserError) as error:
-        Config.from_dict(values)
-    assert all(word in str(error.value) for word in words)
+def test_unknown_keys_wrong_types_and_senseless_values_are_named(name: str, values: list) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=rf"^config: .*{name}"):
+            Config.from_dict({name: value})
+
+
+# --- command lines ---
 
 
 def test_flags_override_the_presets_values() -> None:
-    argv = [
-        "--preset",
-        "shapes",
-        "--epochs",
-        "3",
-        "--train-json",
-        "a.json",
-        "--no-flip",
-        "--min-sizes",
-        "64",
-        "80",
-    ]
-    config = parse_args(argv, TrainArgs, "train.py", "", config=preset_from(argv)).config
-    expected = replace(
-        PRESETS["shapes"], epochs=3, train_json="a.json", flip=False, min_sizes=(64, 80)
-    )
-    assert config == expected
+    argv = ["--preset", "shapes", "--train-json", "a.json", "--no-flip", "--min-sizes", "64", "80"]
+    default = TrainArgs(config=preset_from(argv))
+    config = parse_args(argv, TrainArgs, "train.py", "", default).config
+    changes = {"train_json": "a.json", "flip": False, "min_sizes": (64, 80)}
+    assert config == replace(PRESETS["shapes"], **changes)
+    with pytest.raises(UserError, match="r18-100.*r50-100.*shapes"):
+        preset_from(["--preset", "r18-100"])
 
 
-def test_help_shows_the_comments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_setting_with_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_args(["--help"], TrainArgs, "train.py", "", config=Config())
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        parse_args(["--help"], TrainArgs, "train.py", "")
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert stop.value.code == 0
-    assert (
-        "N learned proposals" in text
-        and "--num-proposals" in text
-        and "Pixels: the shortest side" in text
-    )
+    for field in fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in printed, field.name
+    assert "N learned proposals (paper" in printed and "Pixels: the shortest side" in printed
 
 
 @pytest.mark.parametrize("argv", [["--colour", "3"], ["--epochs", "many"], ["--backbone", "vgg"]])
 def test_a_wrong_flag_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_args(argv, TrainArgs, "train.py", "", config=Config())
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and argv[0].strip("-") in captured.out + captured.err
+        parse_args(argv, TrainArgs, "train.py", "")
+    assert stop.value.code == 2 and argv[0].strip("-") in "".join(capsys.readouterr())
 
 
-def test_a_value_out_of_range_is_named() -> None:
-    with pytest.raises(UserError, match="epochs=0 should be at least 1"):
-        parse_args(["--epochs", "0"], TrainArgs, "train.py", "", config=Config())
+# --- how a command ends ---
 
 
-def test_help_groups_the_flags_as_config_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse_args(["--help"], TrainArgs, "train.py", "", config=Config())
-    printed = capsys.readouterr().out
-    assert stop.value.code == 0
-    titles = ("run options", "data options", "training options", "model options", "loss options")
-    places = [printed.index(title) for title in titles]
-    assert places == sorted(places)
-    for field in fields(Config):
-        assert f"--{field.name.replace('_', '-')}" in printed, field.name
-    for title, flag in enumerate(("--output ", "--flip-vertical", "--epochs ", "--ffn-dim ")):
-        assert places[title] < printed.index(flag) < places[title + 1], flag
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
+    def raising(error: BaseException) -> int:
+        def main() -> None:
+            raise error
 
-def test_a_wrong_preset_is_named_with_the_right_ones() -> None:
-    with pytest.raises(UserError, match="r18-100.*r50-100.*shapes"):
-        preset_from(["--preset", "r18-100"])
-
-
-def test_a_device_that_is_not_there_is_an_error() -> None:
-    assert pick_device("cpu") == torch.device("cpu") and pick_device("auto").type in (
-        "cpu",
-        "cuda",
-        "mps",
-    )
-    for name in ("cuda:99", "toaster"):
-        with pytest.raises(UserError, match=name):
-            pick_device(name)
-
-
-def test_run_main_gives_the_contracts_exit_codes(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # run_main changes it
-
-    def refuse() -> None:
-        raise UserError("that file is broken")
-
-    def bug() -> None:
-        raise KeyError("ours to mend")
+        return run_main(main, "x.py")
 
     assert run_main(lambda: None, "x") == 0 and run_main(lambda: 1, "x") == 1
-    assert (
-        run_main(refuse, "x.py") == 2 and capsys.readouterr().err == "x.py: that file is broken\n"
-    )
     capsys.readouterr()
-    assert run_main(bug, "x.py") == 70  # 1 means that inputs were skipped
-    assert "KeyError: 'ours to mend'" in capsys.readouterr().err
-
-    def stopped() -> None:
-        raise KeyboardInterrupt
-
-    assert run_main(stopped, "x.py") == 130
+    for error in (UserError("a.jpg: is broken"), FileNotFoundError(2, "No such file", "a.jpg")):
+        assert raising(error) == 2
+        assert capsys.readouterr().err == f"x.py: {error}\n"
+    assert raising(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.strip() == "x.py: stopped by Ctrl-C"
+    for bug in (KeyError("ours to mend"), RuntimeError("of torch"), ValueError("of torch")):
+        with pytest.raises(type(bug)):  # its trace is what helps
+            raising(bug)
+
+
+def start(body: str, **env: str) -> subprocess.Popen:
+    """A command whose main function has this body."""
+    lines = [f"    {line}" for line in body.splitlines()]
+    script = ["import sys, time, warnings", "from support.cli import run_main", "def main():"]
+    script += [*lines, "sys.exit(run_main(main, 'x.py'))"]
+    command = [sys.executable, "-c", "\n".join(script)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, **pipes)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_lets_what_is_done_be_written(name: str, status: int, tmp_path: Path) -> None:
+    body = "try:\n    print('ready', flush=True)\n    time.sleep(300)\nfinally:\n    "
+    process = start(body + f"open({str(tmp_path / 'results')!r}, 'w').close()")
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate()
+    assert process.returncode == status and b"Traceback" not in errors
+    assert (tmp_path / "results").exists()
 
 
 def test_a_pipe_that_is_closed_is_no_error_of_ours() -> None:
-    script = (
-        "import sys; from support.cli import run_main\n"
-        "def main():\n"
-        "    for _ in range(100_000): print('a line')\n"
-        "sys.exit(run_main(main, 'x.py'))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", script], env=env, **pipes)
+    process = start("for _ in range(100_000): print('a line')")
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait() == 141
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1251", "cp932"])
-def test_no_character_that_is_printed_ends_a_run(encoding: str) -> None:
-    script = (
-        "import sys, warnings; from support.cli import run_main\n"
-        "def main():\n"
-        "    print('猫 × … –'); warnings.warn('猫'); print('naïve', file=sys.stderr)\n"
-        "sys.exit(run_main(main, 'x.py'))"
-    )
-    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert b"took" in done.stdout and b"x.py: warning" in done.stderr
+def test_no_character_that_is_printed_ends_a_run() -> None:
+    body = "print('猫 × … –'); warnings.warn('猫'); print('naïve', file=sys.stderr)"
+    process = start(body, PYTHONIOENCODING="ascii")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert b"took" in printed and b"x.py: warning: \\u732b\n" in errors

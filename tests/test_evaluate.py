@@ -4,137 +4,118 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, CocoFactory, torchrun
+from conftest import CPU, ROOT, TINY, CocoFactory
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from data import CocoDataset, eval_transforms
-from evaluate import (
-    coco_metrics,
-    coco_results,
-    detect,
-    evaluate,
-    format_table,
-    main,
-    same_padding_batches,
-)
-from model import SparseRCNN, build_model
+from evaluate import coco_metrics, coco_results, evaluate, format_table, main, same_padding_batches
+from model import build_model
 from shapes import ShapesDataset
 from support.checkpoint import save_checkpoint
 from support.errors import UserError
 
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-def random_truth(num_images: int = 12, seed: int = 0) -> tuple[COCO, list[dict]]:
+# --- from detections to AP ---
+
+
+def indexed(images: list[dict], annotations: list[dict], category_ids: list[int]) -> COCO:
+    truth = COCO()
+    categories = [{"id": i, "name": f"class {i}"} for i in category_ids]
+    truth.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def random_truth() -> tuple[COCO, list[dict]]:
     """Ground truth with crowds, empty images and all sizes, and detections near and far from it."""
-    rng = np.random.default_rng(seed)
-    images = [{"id": 10 * i + 1, "width": 400, "height": 300} for i in range(num_images)]
-    annotations, detections = [], []
+    rng = np.random.default_rng(0)
+    images = [{"id": 10 * i + 1, "width": 400, "height": 300} for i in range(12)]
+    annotations: list[dict[str, Any]] = []
+    detections = []
+    for image in images:
+        far = {"image_id": image["id"], "category_id": 5, "bbox": [0, 0, 30, 30]}
+        detections.append({**far, "score": float(rng.random())})
     for image in images[2:]:  # two images without objects
         for _ in range(rng.integers(1, 7)):
             side = rng.choice([15, 60, 150])
-            x, y, w, h = *rng.uniform(0, 140, 2), *(side * rng.uniform(0.8, 1.2, 2))
-            category = int(rng.choice([5, -2, 40]))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image["id"],
-                    "category_id": category,
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": int(rng.random() < 0.15),
-                }
-            )
+            box = [*rng.uniform(0, 140, 2), *(side * rng.uniform(0.8, 1.2, 2))]
+            shared = {"image_id": image["id"], "category_id": int(rng.choice([5, -2, 40]))}
+            number, crowd = len(annotations) + 1, int(rng.random() < 0.15)
+            rest = {"id": number, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
+            annotations.append({**shared, **rest})
             for _ in range(rng.integers(0, 3)):
-                box = [float(v) for v in np.array([x, y, w, h]) + rng.normal(0, side / 12, 4)]
-                detections.append(
-                    {
-                        "image_id": image["id"],
-                        "category_id": category,
-                        "bbox": box,
-                        "score": float(rng.random()),
-                    }
-                )
-    detections += [
-        {
-            "image_id": image["id"],
-            "category_id": 5,
-            "bbox": [0, 0, 30, 30],
-            "score": float(rng.random()),
-        }
-        for image in images
-    ]
-    truth = COCO()
-    truth.dataset = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": f"class {i}"} for i in (5, -2, 40)],
-    }
+                near = [float(v) for v in np.array(box) + rng.normal(0, side / 12, 4)]
+                detections.append({**shared, "bbox": near, "score": float(rng.random())})
+    return indexed(images, annotations, [5, -2, 40]), detections
+
+
+def by_pycocotools(truth: COCO, detections: list[dict]) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth, detections
+        run = COCOeval(truth, truth.loadRes([dict(d) for d in detections]), "bbox")
+        run.evaluate(), run.accumulate(), run.summarize()
+    return run
 
 
 def test_equals_pycocotools_called_directly() -> None:
     truth, detections = random_truth()
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = COCOeval(truth, truth.loadRes([dict(d) for d in detections]), "bbox")
-        run.evaluate(), run.accumulate(), run.summarize()
-    metrics = coco_metrics(truth, detections)
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    assert [metrics[name] for name in names] == pytest.approx(run.stats[:6].tolist(), abs=1e-12)
+    run, metrics = by_pycocotools(truth, detections), coco_metrics(truth, detections)
+    assert [metrics[name] for name in NAMES] == pytest.approx(run.stats[:6].tolist(), abs=1e-12)
     assert metrics["AR"] == pytest.approx(run.stats[8], abs=1e-12)
     assert 0.1 < metrics["AP"] < 0.9  # otherwise this shows little
     for k, category in enumerate(run.params.catIds):
         precision = run.eval["precision"][:, :, k, 0, -1]
-        assert metrics["per_class"][f"class {category}"] == pytest.approx(
-            precision[precision > -1].mean()
-        )
+        expected = precision[precision > -1].mean()
+        assert metrics["per_class"][f"class {category}"] == pytest.approx(expected)
 
 
-def test_max_dets_counts_the_best_detections_only() -> None:
+def test_max_dets_counts_the_best_detections_per_image_and_class() -> None:
     truth, detections = random_truth()
-    best = []
-    for image_id in truth.getImgIds():
-        for category in (5, -2, 40):  # pycocotools counts them class by class
-            own = [
-                d for d in detections if d["image_id"] == image_id and d["category_id"] == category
-            ]
-            best += sorted(own, key=lambda d: -d["score"])[:2]
-    expected, limited, unlimited = (
-        coco_metrics(truth, best),
-        coco_metrics(truth, detections, 2),
-        coco_metrics(truth, detections),
-    )
-    assert limited == expected and limited["AR"] < unlimited["AR"]
+    groups: dict[tuple[int, int], list[dict]] = {}
+    for detection in sorted(detections, key=lambda d: -d["score"]):
+        groups.setdefault((detection["image_id"], detection["category_id"]), []).append(detection)
+    best = [detection for group in groups.values() for detection in group[:2]]
+    limited = coco_metrics(truth, detections, max_dets=2)
+    assert limited == coco_metrics(truth, best)
+    assert limited["AR"] < coco_metrics(truth, detections)["AR"]
+
+
+def test_more_than_100_detections_count_if_that_is_wanted() -> None:
+    """pycocotools' own summary would give −1 here."""
+    images = [{"id": 1, "width": 3000, "height": 20}]
+    cells = [{"image_id": 1, "category_id": 5, "bbox": [20 * i, 0, 16, 16]} for i in range(150)]
+    annotations = [{**cell, "id": i + 1, "area": 256, "iscrowd": 0} for i, cell in enumerate(cells)]
+    truth = indexed(images, annotations, [5])
+    detections = [{**cell, "score": 1 - i / 1000} for i, cell in enumerate(cells)]
+    assert coco_metrics(truth, detections, max_dets=300)["AP"] == pytest.approx(1.0)
+    assert coco_metrics(truth, detections)["AR"] == pytest.approx(100 / 150)
 
 
 def test_no_detection_at_all_is_zero_and_no_object_at_all_is_undefined() -> None:
     truth, detections = random_truth()
     nothing_found = coco_metrics(truth, [])
     assert nothing_found["AP"] == nothing_found["AR"] == 0.0
-    truth.dataset["annotations"] = []
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
+    empty = indexed(truth.dataset["images"], [], [5, -2, 40])
     for found in (detections, []):
-        assert coco_metrics(truth, found)["AP"] == -1.0
-    metrics = coco_metrics(truth, []) | {"images": 12, "max_dets": 100}
-    metrics["speed"] = {
-        "fps": 1.0,
-        "device": "cpu",
-        "dtype": "float32",
-        "resolution": "1×1",
-        "batch_size": 1,
-    }
-    assert "–" in format_table(metrics) and "-1" not in format_table(metrics, per_class=True)
+        assert coco_metrics(empty, found)["AP"] == -1.0
+    speed = {"fps": 1.0, "device": "cpu", "dtype": "float32", "resolution": "1×1", "batch_size": 1}
+    metrics = {**coco_metrics(empty, []), "images": 12, "max_dets": 100, "speed": speed}
+    table = format_table(metrics, per_class=True)
+    assert "–" in table and "-1" not in table
+
+
+# --- from a data set to detections ---
 
 
 class Oracle(nn.Module):
@@ -142,113 +123,36 @@ class Oracle(nn.Module):
 
     def __init__(self, answers: list[dict]) -> None:
         super().__init__()
-        self.answers, self.sizes = answers, []
+        self.answers, self.modes = iter(answers), set()
 
     def forward(self, images: list[torch.Tensor]) -> list[dict]:
-        self.sizes.append([tuple(image.shape[1:]) for image in images])
-        first = sum(len(sizes) for sizes in self.sizes[:-1])
-        return self.answers[first : first + len(images)]
+        self.modes.add(self.training)
+        return [next(self.answers) for _ in images]
 
 
 def test_boxes_come_back_in_the_pixels_of_the_file(make_coco: CocoFactory) -> None:
     json_file, folder = make_coco(size=(64, 48), num_images=3)
     dataset = CocoDataset(json_file, folder, eval_transforms(TINY))
-    answers = [
-        {
-            "boxes": dataset[i][1]["boxes"].as_subclass(
-                torch.Tensor
-            ),  # as large as the transforms made them
-            "labels": dataset[i][1]["labels"],
-            "scores": torch.linspace(0.9, 0.5, len(dataset[i][1]["labels"])),
-        }
-        for i in range(3)
-    ]
-    results, speed = detect(Oracle(answers), dataset, CPU, batch_size=2, progress=False)
-    assert coco_metrics(dataset.coco(), results)["AP"] == pytest.approx(1.0)
-    assert {result["category_id"] for result in results} <= {7, -3, 1000}
-    assert speed["resolution"] == "72×96" and speed["dtype"] == "float32" and speed["fps"] > 0
+    answers = []
+    for _, target in (dataset[i] for i in range(3)):  # as large as the transforms made them
+        boxes, scores = target["boxes"].as_subclass(torch.Tensor), torch.tensor([0.9, 0.5])
+        answers.append({"boxes": boxes, "labels": target["labels"], "scores": scores})
+    model = Oracle(answers).train()
+    metrics, detections = evaluate(model, dataset, CPU, batch_size=2, progress=False)
+    run = by_pycocotools(COCO(json_file), detections)
+    assert metrics["AP"] == pytest.approx(1.0) == run.stats[0]
+    assert {detection["category_id"] for detection in detections} <= {7, -3, 1000}
+    assert metrics["images"] == 3 and metrics["speed"]["resolution"] == "72×96"
+    assert model.modes == {False} and model.training
 
 
 def test_only_images_of_one_size_are_batched() -> None:
     dataset = ShapesDataset("demo", "val", 7)
-    dataset.sizes_hw = np.array(
-        [[96, 96], [50, 96], [96, 96], [96, 96], [50, 96], [96, 50], [96, 96]]
-    )
+    sizes = [[96, 96], [50, 96], [96, 96], [96, 96], [50, 96], [96, 50], [96, 96]]
+    dataset.sizes_hw = np.array(sizes)
     batches = same_padding_batches(dataset, 3)
     assert sorted(sum(batches, [])) == list(range(7)) and max(map(len, batches)) == 3
-    assert all(len({tuple(dataset.sizes_hw[i]) for i in batch}) == 1 for batch in batches)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.manual_seed(0)
-    model = build_model(TINY)
-    for stage in model.head.stages:  # boxes stay what the proposals are: the whole image
-        nn.init.zeros_(stage.box_deltas.weight)
-        nn.init.zeros_(stage.box_deltas.bias)
-    save_checkpoint(
-        path,
-        {
-            "model": model.state_dict(),
-            "config": TINY.to_dict(),
-            "class_names": ["cat", "dog", "cow"],
-            "category_ids": [1, 2, 3],
-        },
-    )
-    return path
-
-
-def test_the_command_line_writes_what_it_prints(
-    weights: Path, make_coco: CocoFactory, tmp_path: Path
-) -> None:
-    def empty(coco: dict) -> None:
-        coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != 2]
-        coco["annotations"][0]["iscrowd"] = 1
-        # With objects as large as the image the AP is not 0.
-        whole = {"bbox": [0, 0, 64, 48], "area": 64 * 48, "iscrowd": 0}
-        coco["annotations"] += [
-            {**whole, "id": 90 + 3 * k + c, "image_id": image_id, "category_id": category}
-            for k, image_id in enumerate((1, 3, 4))
-            for c, category in enumerate((7, -3, 1000))
-        ]
-
-    json_file, folder = make_coco(num_images=5, edit=empty)
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--weights", str(weights)]
-    command += ["--val-json", str(json_file), "--val-images", str(folder), "--device", "cpu"]
-    command += ["--workers", "0", "--per-class", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    detections = json.loads((tmp_path / "out/detections.json").read_text())
-    assert metrics["AP"] > 0 and f"{100 * metrics['AP']:.1f}" in done.stdout
-    assert "5 images" in done.stdout and "cow" in done.stdout
-    assert "float32" in done.stdout and "72×96" in done.stdout and "cpu" in done.stdout
-    # The saved detections give the printed figures.
-    truth = CocoDataset(json_file, folder).coco()
-    assert coco_metrics(truth, detections)["AP"] == metrics["AP"]
-    assert {d["image_id"] for d in detections} <= set(range(1, 6))
-
-
-def test_mistakes_of_the_user(weights: Path, make_coco: CocoFactory, tmp_path: Path) -> None:
-    json_file, folder = make_coco(categories={1: "cat", 2: "bird", 3: "cow"})
-    data = ["--val-json", str(json_file), "--val-images", str(folder)]
-    common = ["--output", str(tmp_path / "out"), "--device", "cpu"]
-    with pytest.raises(UserError, match="bird"):
-        main(["--weights", str(weights), *data, *common])
-    with pytest.raises(UserError, match="no such checkpoint"):
-        main(["--weights", str(tmp_path / "none.pt"), *data, *common])
-    for flag in ("--max-dets", "--batch-size", "--test-size", "--max-size"):
-        with pytest.raises(UserError, match=flag):
-            main(["--weights", str(weights), *data, *common, flag, "0"])
-    with pytest.raises(UserError, match=r"model\.onnx: an ONNX file cannot be evaluated"):
-        main(["--weights", str(tmp_path / "model.onnx"), *data, *common])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        main(["--weights", str(weights), *data, "--output", str(tmp_path / "file" / "out")])
-
-
-# --- other classes ---
+    assert all(len({tuple(sizes[i]) for i in batch}) == 1 for batch in batches)
 
 
 def test_detections_of_classes_that_the_data_lacks_are_left_out() -> None:
@@ -263,196 +167,103 @@ def test_detections_of_classes_that_the_data_lacks_are_left_out() -> None:
     assert record == expected | {"score": pytest.approx(0.8)}
 
 
-def test_ap_is_over_the_classes_that_are_there(
-    weights: Path, make_coco: CocoFactory, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    data = {}
-    for name, categories in {
-        "all": {1: "cat", 2: "dog", 3: "cow"},
-        "fewer": {9: "cow", 4: "cat"},
-        "more": {1: "cat", 2: "dog", 3: "cow", 4: "bird"},
-    }.items():
-        json_file, folder = make_coco(name, categories=categories)
-        data[name] = ["--val-json", str(json_file), "--val-images", str(folder)]
-    common = ["--weights", str(weights), "--device", "cpu", "--workers", "0", "--per-class"]
-    output = tmp_path / "out"
-
-    assert main([*common, *data["all"], "--output", str(output)]) == 0
-    assert "note" not in capsys.readouterr().out
-
-    assert main([*common, *data["fewer"], "--output", str(output)]) == 0
-    printed = capsys.readouterr().out
-    assert "lacks 1 of the 3 classes: 'dog'" in printed and "left out" in printed
-    metrics = json.loads((output / "metrics.json").read_text())
-    detections = json.loads((output / "detections.json").read_text())
-    assert set(metrics["per_class"]) == {"cat", "cow"}
-    assert detections and {detection["category_id"] for detection in detections} <= {9, 4}
-    # Each image gives N = 7 detections, or fewer where boxes have no area.
-    assert metrics["other_classes"] > 0
-    assert len(detections) + metrics["other_classes"] <= 4 * TINY.num_proposals
-
-    with pytest.raises(UserError, match="bird.*--ignore-new-classes"):
-        main([*common, *data["more"], "--output", str(output)])
-    assert main([*common, *data["more"], "--output", str(output), "--ignore-new-classes"]) == 0
-    assert "'bird'" in capsys.readouterr().out
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert set(metrics["per_class"]) == {"cat", "dog", "cow"}
+# --- the command line ---
 
 
-# --- what fails costs only itself ---
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose boxes are the whole image."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    model = build_model(TINY)
+    for stage in model.head.stages:
+        nn.init.zeros_(stage.box_deltas.weight)
+        nn.init.zeros_(stage.box_deltas.bias)
+    names = {"class_names": ["cat", "dog", "猫"], "category_ids": [1, 2, 3]}
+    save_checkpoint(path, {"model": model.state_dict(), "config": TINY.to_dict(), **names})
+    return path
 
 
 @pytest.fixture
-def command(weights: Path, make_coco: CocoFactory, tmp_path: Path) -> list[str]:
-    """A command line on five images, one at a time."""
-    json_file, folder = make_coco(num_images=5, categories={1: "cat", 2: "dog", 3: "cow"})
-    flags = ["--weights", str(weights), "--device", "cpu", "--workers", "0"]
-    flags += ["--val-json", str(json_file), "--val-images", str(folder)]
-    return [*flags, "--output", str(tmp_path / "out")]
+def evaluated(weights: Path, make_coco: CocoFactory, tmp_path: Path):
+    """Makes a data set and gives the command line that evaluates on it, into tmp_path / "out"."""
+
+    def make(name: str, categories: dict[int, str], **kwargs: Any) -> list[str]:
+        json_file, folder = make_coco(name, categories=categories, **kwargs)
+        flags = ["--weights", str(weights), "--val-json", str(json_file), "--device", "cpu"]
+        flags += ["--val-images", str(folder), "--output", str(tmp_path / "out")]
+        return [*flags, "--workers", "0", "--per-class"]
+
+    return make
 
 
-def read_results(output: Path) -> tuple[dict, list[dict]]:
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    return metrics, json.loads((output / "detections.json").read_text(encoding="utf-8"))
+def test_the_files_hold_what_is_printed_in_any_locale(evaluated, tmp_path: Path) -> None:
+    def edit(coco: dict) -> None:
+        coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != 2]
+        coco["annotations"][0]["iscrowd"] = 1
+        # With objects as large as the image the AP is not 0.
+        whole = {"bbox": [0, 0, 64, 48], "area": 64 * 48, "iscrowd": 0}
+        for number, image_id in enumerate((1, 3, 4) * 3):
+            ids = {"id": 90 + number, "image_id": image_id, "category_id": (7, 8, 9)[number // 3]}
+            coco["annotations"].append({**whole, **ids})
+
+    flags = evaluated("val", {7: "cat", 8: "dog", 9: "猫"}, num_images=5, edit=edit)
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", *flags], env=os.environ | locale, capture_output=True
+    )
+    printed = done.stdout.decode("ascii")
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_bytes())
+    detections = json.loads((tmp_path / "out" / "detections.json").read_bytes())
+    run = by_pycocotools(COCO(tmp_path / "val.json"), detections)
+    assert [metrics[name] for name in NAMES] == pytest.approx(run.stats[:6].tolist(), abs=1e-12)
+    assert metrics["AP"] > 0 and f"\n{100 * run.stats[0]:5.1f}  " in printed
+    assert set(metrics["per_class"]) == {"cat", "dog", "猫"}
+    for words in ("5 images", "100 detections", "float32", "batch 1", "cpu", "\\u732b "):
+        assert words in printed
 
 
-def break_images(tmp_path: Path, *numbers: int) -> None:
-    for number in numbers:
-        (tmp_path / "train_images" / f"{number}.jpg").write_bytes(b"broken")
+def test_ap_is_over_the_classes_that_are_there(evaluated, tmp_path: Path, capsys) -> None:
+    main(evaluated("fewer", {9: "猫", 4: "cat"}))
+    printed = capsys.readouterr().out
+    assert "lacks 1 of the 3 classes: 'dog'" in printed and "left out" in printed
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_bytes())
+    detections = json.loads((tmp_path / "out" / "detections.json").read_bytes())
+    assert set(metrics["per_class"]) == {"cat", "猫"}
+    assert detections and {detection["category_id"] for detection in detections} <= {9, 4}
+    # Each image gives N detections, or fewer where boxes have no area.
+    assert 0 < metrics["other_classes"] <= 4 * TINY.num_proposals - len(detections)
+
+    flags = evaluated("more", {1: "cat", 2: "dog", 3: "猫", 4: "bird"})
+    with pytest.raises(UserError, match="bird.*--ignore-new-classes"):
+        main(flags)
+    main([*flags, "--ignore-new-classes"])
+    assert "'bird'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_broken_image_is_skipped_and_said(
-    workers: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+def test_an_image_that_cannot_be_read_is_named_and_earlier_results_stay(
+    workers: str, evaluated, tmp_path: Path
 ) -> None:
-    break_images(tmp_path, 3)
-    assert main([*command, "--workers", workers, "--batch-size", "2"]) == 1
-    printed = capsys.readouterr()
-    assert printed.err.startswith("evaluate.py: skipped ") and "3.jpg" in printed.err
-    assert "on 4 of 5 images" in printed.out
-    metrics, detections = read_results(tmp_path / "out")
-    assert metrics["images"] == 4
-    assert len(metrics["skipped"]) == 1 and "3.jpg" in metrics["skipped"][0]
-    assert {detection["image_id"] for detection in detections} == {1, 2, 4, 5}
-    # The objects of the skipped image do not count as missed.
-    truth = CocoDataset(tmp_path / "train.json", tmp_path / "train_images").coco()
-    kept = coco_metrics(truth, detections, image_ids=[1, 2, 4, 5])
-    assert {name: metrics[name] for name in kept} == kept
-
-
-def test_a_broken_image_is_an_error_in_python(command: list[str], tmp_path: Path) -> None:
-    break_images(tmp_path, 3)
-    dataset = CocoDataset(tmp_path / "train.json", tmp_path / "train_images", eval_transforms(TINY))
-    with pytest.raises(UserError, match=r"3\.jpg"):
-        evaluate(build_model(TINY), dataset, CPU, progress=False)
-
-
-def test_two_processes_skip_what_each_of_them_meets(command: list[str], tmp_path: Path) -> None:
-    break_images(tmp_path, 2, 3)
-    done = torchrun(str(ROOT / "evaluate.py"), *command)
-    assert done.returncode == 1
-    metrics, detections = read_results(tmp_path / "out")
-    assert metrics["images"] == 3 and len(metrics["skipped"]) == 2
-    assert {detection["image_id"] for detection in detections} == {1, 4, 5}
-    assert done.stderr.count("evaluate.py: skipped") == 2
-
-
-def test_no_usable_image_is_an_error_that_leaves_earlier_results(
-    command: list[str], tmp_path: Path
-) -> None:
-    break_images(tmp_path, 1, 2, 3, 4, 5)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "detections.json").write_text("yesterday's")
-    with pytest.raises(UserError, match=r"none of the 5 images can be used: .*1\.jpg"):
-        main(command)
-    assert os.listdir(tmp_path / "out") == ["detections.json"]
-    assert (tmp_path / "out" / "detections.json").read_text() == "yesterday's"
-
-
-def fail_at(call: int, problem: object) -> object:
-    """`SparseRCNN.forward`, but with a problem in one of its calls."""
-    forward, calls = SparseRCNN.forward, []
-
-    def failing(model: SparseRCNN, images: list[torch.Tensor]) -> list[dict]:
-        calls.append(images)
-        if len(calls) == call:
-            problem()
-        return forward(model, images)
-
-    return failing
-
-
-def out_of_memory() -> None:
-    raise RuntimeError("out of memory")
-
-
-def test_an_image_that_the_model_fails_on_is_skipped(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SparseRCNN, "forward", fail_at(2, out_of_memory))
-    assert main(command) == 1
-    metrics, _ = read_results(tmp_path / "out")
-    assert metrics["images"] == 4
-    assert metrics["skipped"] == ["image id 2: RuntimeError: out of memory"]
-
-
-def test_a_batch_that_does_not_fit_is_tried_one_by_one(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SparseRCNN, "forward", fail_at(1, out_of_memory))
-    assert main([*command, "--batch-size", "5"]) == 0
-    assert read_results(tmp_path / "out")[0]["images"] == 5
-
-
-def test_a_bug_that_every_image_meets_is_raised(
-    command: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SparseRCNN, "forward", lambda *_: out_of_memory())
-    with pytest.raises(RuntimeError, match=r"(?s)all 5 images failed.*in out_of_memory"):
-        main(command)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_what_was_done(
-    number: int,
-    command: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    monkeypatch.setattr(SparseRCNN, "forward", fail_at(4, lambda: signal.raise_signal(number)))
-    assert main(command) == 128 + number
-    metrics, detections = read_results(tmp_path / "out")
-    assert metrics["images"] == 3 and metrics["stopped_by"] == number
-    assert {detection["image_id"] for detection in detections} == {1, 2, 3}
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and "3 of 5 images" in printed.err
-
-
-def test_a_signal_before_the_first_result_leaves_earlier_ones(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    flags = evaluated("val", {1: "cat", 2: "dog"})
+    (tmp_path / "val_images" / "3.jpg").write_bytes(b"broken")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.json").write_text("yesterday's")
-    interrupt = fail_at(1, lambda: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(SparseRCNN, "forward", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        main(command)
+    with pytest.raises(UserError, match=r"3\.jpg"):
+        main([*flags, "--workers", workers])
     assert (tmp_path / "out" / "metrics.json").read_text() == "yesterday's"
+    assert os.listdir(tmp_path / "out") == ["metrics.json"]
 
 
-def test_what_is_written_is_utf8_in_any_locale(make_coco: CocoFactory, tmp_path: Path) -> None:
-    names = {1: "猫", 2: "собака", 3: "Kätzchen $x$"}
-    json_file, folder = make_coco(categories=names)
-    weights = tmp_path / "named.pt"
-    contents = {"model": build_model(TINY).state_dict(), "config": TINY.to_dict()}
-    contents |= {"class_names": list(names.values()), "category_ids": list(names)}
-    save_checkpoint(weights, contents)
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--weights", str(weights)]
-    command += ["--val-json", str(json_file), "--val-images", str(folder), "--device", "cpu"]
-    command += ["--workers", "0", "--per-class", "--output", str(tmp_path / "猫")]
-    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    done = subprocess.run(command, env=os.environ | locale, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    metrics, _ = read_results(tmp_path / "猫")
-    assert set(metrics["per_class"]) == set(names.values())
+def test_mistakes_of_the_user(evaluated, tmp_path: Path) -> None:
+    flags = evaluated("val", {1: "cat", 2: "dog"})
+    (tmp_path / "file").write_text("")
+    for wrong, error, words in (
+        (["--max-dets", "0"], UserError, "max_dets=0"),
+        (["--test-size", "0"], UserError, "test_size=0"),
+        (["--batch-size", "0"], UserError, "--batch-size 0"),
+        (["--weights", "model.onnx"], UserError, r"model\.onnx: give the checkpoint"),
+        (["--output", str(tmp_path / "file" / "out")], OSError, "file"),
+    ):
+        with pytest.raises(error, match=words):
+            main([*flags, *wrong])

@@ -130,3 +130,19 @@ def test_large_and_tiny_logits_in_half_precision(dtype: torch.dtype) -> None:
     sum(losses.values()).backward()
     assert torch.isfinite(logits.grad).all()
     assert torch.isfinite(boxes_px.grad).all()
+
+
+@pytest.mark.parametrize("what", ["logits", "boxes"])
+def test_a_prediction_that_is_not_finite_makes_the_loss_so_and_raises_nothing(what: str) -> None:
+    """Whoever trains sees it in the norm of the gradient, and skips the step."""
+    logits, boxes_px, whwh_px = predictions(S, B, N, K)
+    (logits if what == "logits" else boxes_px)[1, 2] = float("nan")
+    logits.requires_grad_()
+    boxes_px.requires_grad_()
+    losses = SetCriterion(HungarianMatcher())(
+        logits, boxes_px, make_targets((2, 0, 3), whwh_px), whwh_px
+    )
+    spoilt = {"loss_cls_1"} if what == "logits" else {"loss_l1_1", "loss_giou_1"}
+    assert {name for name, loss in losses.items() if not torch.isfinite(loss)} == spoilt
+    sum(losses.values()).backward()
+    assert not all(torch.isfinite(x.grad).all() for x in (logits, boxes_px))

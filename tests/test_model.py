@@ -1,6 +1,8 @@
 """SparseRCNN: the form of torchvision's detectors, learning end to end, and what it refuses."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +10,13 @@ from conftest import TINY, objects
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
+from torchvision.transforms.v2.functional import convert_bounding_box_format
 
 from backbone import ResNetFPN
 from config import PRESETS, Config
 from evaluate import coco_metrics
-from model import SparseRCNN, build_model
+from head import DynamicInteraction
+from model import Interaction, SparseRCNN, build_model, check_target
 
 
 @pytest.fixture
@@ -188,18 +192,28 @@ def ap_of(found: dict, target: dict) -> float:
 
 
 IMAGE = [torch.rand(3, 64, 64)]
+BOXES, LABELS = torch.tensor([[2.0, 3, 9, 8], [4, 5, 20, 30]]), torch.tensor([1, 2])
 
 
 @pytest.mark.parametrize(
     ("images", "targets", "words"),
     [
         ([], [], "empty"),
-        ([torch.rand(1, 8, 8)], [objects(1, 3, 20, 20)], "shape (1, 8, 8)"),
+        ([torch.rand(1, 8, 8)], [objects(1, 3, 20, 20)], "image 0 is (1, 8, 8)"),
+        ([torch.rand(3, 0, 8)], [objects(1, 3, 20, 20)], "image 0 is (3, 0, 8)"),
         ([torch.randint(9, (3, 32, 32))], [objects(1, 3, 20, 20)], "torch.int64"),
         (IMAGE, None, "targets"),
         (IMAGE, [], "1 images but 0 targets"),
-        (IMAGE, [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1, 3])}], "start at 0"),
-        (IMAGE, [{"boxes": torch.rand(2, 4), "labels": torch.tensor([1])}], "boxes (2, 4)"),
+        (IMAGE, [{"boxes": BOXES, "labels": LABELS + 1}], "start at 0"),
+        (IMAGE, [{"boxes": BOXES, "labels": LABELS - 2}], "start at 0"),
+        (IMAGE, [{"boxes": BOXES, "labels": LABELS[:1]}], "boxes (2, 4)"),
+        (IMAGE, [{"boxes": BOXES, "labels": LABELS.int()}], "torch.int32"),
+        (IMAGE, [{"boxes": BOXES}], "target 0 has no labels"),
+        (IMAGE, [{"image_id": 5}], "target 0 has no boxes and no labels"),
+        # As torchvision's detectors do: boxes without area, or with x2 < x1, or that are NaN.
+        (IMAGE, [{"boxes": BOXES[:, [0, 1, 0, 3]], "labels": LABELS}], "[2.0, 3.0, 2.0, 8.0]"),
+        (IMAGE, [{"boxes": BOXES[:, [2, 1, 0, 3]], "labels": LABELS}], "[9.0, 3.0, 2.0, 8.0]"),
+        (IMAGE, [{"boxes": BOXES / 0 * 0, "labels": LABELS}], "[nan, nan, nan, nan]"),
     ],
 )
 def test_wrong_input_is_explained(
@@ -208,6 +222,40 @@ def test_wrong_input_is_explained(
     with pytest.raises(ValueError) as error:
         build_model(TINY).train()(images, targets)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["XYXY", "XYWH", "CXCYWH"])
+def test_tv_tensors_are_read_in_the_format_that_they_say(form: str) -> None:
+    boxes = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(64, 64))
+    given = {"boxes": convert_bounding_box_format(boxes, new_format=form), "labels": LABELS}
+    assert given["boxes"].format.value == form
+    found = check_target(given, 3, 0, torch.device("cpu"))
+    assert type(found["boxes"]) is torch.Tensor and found["boxes"].tolist() == BOXES.tolist()
+
+
+def test_float16_training_leaves_float16_where_its_gradient_would_overflow() -> None:
+    """Regions outside of the image are all zeros: two norms multiply their gradient by 10⁵."""
+    layers = Interaction(hidden_dim=16, dynamic_dim=4, roi_size=7)
+    for norm in (layers.norm1, layers.norm2):
+        # As after some training: at a bias of 0 the ReLU would stop the gradient.
+        torch.nn.init.constant_(norm.bias, 0.1)
+    pro_feats, roi_feats = torch.randn(5, 16, requires_grad=True), torch.randn(5, 49, 16)
+    roi_feats[1] = 0
+    exact = layers(pro_feats, roi_feats)
+
+    def gradients(forward: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype):
+            out = forward(pro_feats.to(dtype), roi_feats.to(dtype))
+        assert (out - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.2)
+        # 1000 stands for the loss scale.
+        total = (out.float() * 1000).sum()
+        return torch.autograd.grad(total, [pro_feats, *layers.parameters()])
+
+    plain = partial(DynamicInteraction.forward, layers)
+    for forward, dtype in ((layers, torch.float16), (plain, torch.bfloat16)):
+        assert all(gradient.isfinite().all() for gradient in gradients(forward, dtype))
+    assert not all(gradient.isfinite().all() for gradient in gradients(plain, torch.float16))
+    assert all(type(s.interaction) is Interaction for s in build_model(TINY).head.stages)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
