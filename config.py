@@ -12,8 +12,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import msgspec
+import tyro
 
 from support.errors import UserError
+
+# What the tensors of a checkpoint depend on, and how they are used.
+NETWORK = (
+    *("backbone", "num_proposals", "num_stages", "hidden_dim", "dynamic_dim", "num_heads"),
+    *("ffn_dim", "num_cls_layers", "num_reg_layers", "roi_size", "canonical_box_px"),
+)
 
 PresetName = Literal["r50-100", "r50-300", "r101-100", "r101-300", "shapes", "small"]
 
@@ -45,7 +52,8 @@ class Config:
     min_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     # Pixels: upper limit of the longest side, in training and evaluation (paper).
     max_size: int = 1333
-    test_size: int = 800  # pixels: the shortest side in evaluation (paper)
+    # Pixels: the shortest side in evaluation; by default the largest of --min-sizes (paper: 800).
+    test_size: int | None = None
     flip: bool = True  # flip half of the training images left to right (paper)
     flip_vertical: bool = False  # flip half of the training images upside down; not in the paper
     # Multiply brightness, contrast and saturation by a number in 1 ± this; not in the paper.
@@ -93,7 +101,7 @@ class Config:
     # Keep the ResNet's batch norms, stem and layer1 at their ImageNet values (code). Turn it off to
     # train from scratch.
     freeze_backbone: bool = True
-    num_classes: int = 80  # K; train.py reads it from the annotations
+    num_classes: tyro.conf.Suppress[int] = 80  # K; no flag: train.py reads it from the annotations
     hidden_dim: int = 256  # C, channels of FPN levels and proposal features (paper, Backbone)
     dynamic_dim: int = 64  # D, channels between the generated convolutions: C/4 (paper, pseudocode)
     num_heads: int = 8  # heads of the self-attention among proposals (code)
@@ -117,9 +125,12 @@ class Config:
 
     def __post_init__(self) -> None:
         # Only what would pass silently, or fail far from here.
+        for name in ("min_sizes", "crop_resize", "crop_sizes"):
+            is_sizes = min(getattr(self, name), default=0) >= 1
+            self._require(name, is_sizes, "should hold sizes of at least 1 pixel")
         counts = """
             num_classes num_proposals num_stages hidden_dim dynamic_dim num_heads ffn_dim roi_size
-            canonical_box_px epochs batch_size shapes_train shapes_val eval_every max_size test_size
+            canonical_box_px epochs batch_size shapes_train shapes_val eval_every max_size eval_size
             max_bad_steps max_dets"""
         for name in counts.split():
             self._require(name, getattr(self, name) >= 1, "should be at least 1")
@@ -131,9 +142,6 @@ class Config:
             self._require(name, is_weight, "should be a number of at least 0")
         for name in ("color_jitter", "focal_alpha", "warmup_factor"):
             self._require(name, 0 <= getattr(self, name) <= 1, "should lie in 0 … 1")
-        for name in ("min_sizes", "crop_resize", "crop_sizes"):
-            is_sizes = min(getattr(self, name), default=0) >= 1
-            self._require(name, is_sizes, "should hold sizes of at least 1 pixel")
 
         gamma = self.focal_gamma
         # Between 0 and 1 the gradient of (1 − p)^γ is infinite at p = 1.
@@ -149,6 +157,11 @@ class Config:
     def _require(self, name: str, is_fine: bool, problem: str) -> None:
         if not is_fine:
             raise UserError(f"config: {name}={getattr(self, name)} {problem}")
+
+    @property
+    def eval_size(self) -> int:
+        """Pixels: the shortest side of an image in evaluation."""
+        return max(self.min_sizes) if self.test_size is None else self.test_size
 
     def changes(self) -> list[str]:
         """The settings that differ from those of the preset, as "name=value"."""
@@ -203,7 +216,6 @@ PRESETS: dict[str, Config] = {
         data="shapes-demo",
         min_sizes=(96,),
         max_size=96,
-        test_size=96,
         workers=0,
         num_classes=3,
         num_proposals=20,

@@ -182,7 +182,8 @@ def coco_results(
     """
     height, width = target["size_hw"]
     scale = [width / resized_hw[1], height / resized_hw[0]] * 2
-    boxes = found["boxes"] * torch.tensor(scale, device=found["boxes"].device)  # (n, 4)
+    scale = torch.tensor(scale, dtype=torch.float32, device=found["boxes"].device)  # (4,)
+    boxes = found["boxes"] * scale  # (n, 4)
     boxes[:, 2:] -= boxes[:, :2]  # xyxy -> xywh
 
     records = []
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             workers=args.workers,
             amp=args.amp,
             max_dets=config.max_dets,
-            image_bytes=3 * config.test_size * config.max_size,
+            image_bytes=3 * config.eval_size * config.max_size,
         )
         if not world.is_main:
             return

@@ -387,22 +387,45 @@ def build_model(config: Config, pretrained_backbone: bool = True) -> SparseRCNN:
     return SparseRCNN(backbone, head, criterion, init_boxes, init_feats)
 
 
+def config_of(checkpoint: dict[str, Any], path: str | Path, preset: Config | None = None) -> Config:
+    """The config of a checkpoint (see `load_model`).
+
+    Raises:
+        UserError: it is of another version, or the checkpoint is a bare state dict and there is no
+            preset.
+    """
+    values = checkpoint["config"]
+    if "preset" not in values:
+        if preset is None:
+            raise UserError(
+                f"{path}: holds only weights; name the --preset that they were trained with (see "
+                "README, Save your own)"
+            )
+        values = {**preset.to_dict(), **values}
+    try:
+        return Config.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; was it written by a newer version?") from None
+
+
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu"
+    path: str | Path, device: torch.device | str = "cpu", preset: Config | None = None
 ) -> tuple[SparseRCNN, dict[str, Any]]:
     """The model of a checkpoint, in eval mode on the device, and the checkpoint without weights.
 
     Its "config" is a `Config`.
+
+    Args:
+        path: a checkpoint of ours, of the authors' code or of MMDetection, or a bare state dict.
+        device: where the model goes.
+        preset: for a bare state dict: the settings that shapes do not tell.
 
     Raises:
         UserError: the file is no checkpoint, or its parts do not go together.
         RuntimeError: from torch, if the weights are not those of the config beside them.
     """
     checkpoint = load_checkpoint(path)
-    try:
-        config = Config.from_dict(checkpoint["config"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}; was it written by a newer version?") from None
+    config = config_of(checkpoint, path, preset)
     model = build_model(config, pretrained_backbone=False)
     model.load_state_dict(checkpoint["model"])
     for key in ("class_names", "category_ids"):

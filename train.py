@@ -32,11 +32,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 
-from config import Config, preset_from
-from data import check_data, make_dataset, require_objects
+from config import NETWORK, Config, preset_from
+from data import check_data, make_dataset, notes_on_sizes, require_objects
 from evaluate import evaluate, format_table
-from model import SparseRCNN, build_model
-from support.checkpoint import load_checkpoint, load_what_fits, save_checkpoint
+from model import SparseRCNN, build_model, config_of
+from support.checkpoint import load_checkpoint, save_checkpoint, take_over
 from support.cli import parse_args, run_main
 from support.devices import choose_threads
 from support.distributed import World, join_world
@@ -44,6 +44,8 @@ from support.errors import UserError
 from support.loader import make_train_loader
 from support.report import Report
 from support.signals import StopSignal
+
+FEW_STEPS = 300  # hardly enough to learn anything from random weights
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Training:
     world: World
     steps_per_epoch: int
     num_images: int  # in the training set
+    validation: str  # on what `best` was measured
     class_names: Sequence[str]
     category_ids: Sequence[int]
 
@@ -248,7 +251,7 @@ def train(
                 workers=config.workers,
                 amp=config.amp,
                 max_dets=config.max_dets,
-                image_bytes=3 * config.test_size * config.max_size,
+                image_bytes=3 * config.eval_size * config.max_size,
             )
         training.epoch = epoch
         report.end_epoch(training, metrics)
@@ -283,6 +286,7 @@ def save(training: Training, path: Path) -> None:
             "learning_rate": peak_rate(config),
             "batch_size": config.batch_size,
             "num_images": training.num_images,
+            "validation": training.validation,
         },
         "epoch": training.epoch,
         "step": training.step,
@@ -296,41 +300,58 @@ def save(training: Training, path: Path) -> None:
     world.sum(0)  # The others wait: the first process that ends makes torchrun end all of them.
 
 
-def restore(training: Training, checkpoint: Mapping[str, Any], path: str) -> None:
-    """Goes back to what `save` wrote.
+def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output: Path) -> str:
+    """Goes back to what `save` wrote; returns a line that says so.
 
     Raises:
-        UserError: the checkpoint was not written by `save`, or it is of another batch size or data
-            set, with which the steps so far would mean something else.
+        UserError: the checkpoint was not written by `save`, is of another batch size or data set,
+            with which the steps so far would mean something else, or has done all epochs.
     """
+    config = training.config
     if "optimizer" not in checkpoint:
         raise UserError(f"{path}: holds no training state; start from its weights with --weights")
-    before = {"batch_size": checkpoint["config"]["batch_size"], **checkpoint["schedule"]}
-    before = (before["batch_size"], before.get("num_images", training.num_images))
-    if before != (training.config.batch_size, training.num_images):
+    schedule = checkpoint["schedule"]
+    batch_size = schedule.get("batch_size", checkpoint["config"]["batch_size"])
+    num_images = schedule.get("num_images", training.num_images)
+    if (batch_size, num_images) != (config.batch_size, training.num_images):
         raise UserError(
-            f"{path}: a run on {before[1]} images with --batch-size {before[0]}; here are "
-            f"{training.num_images} images, and --batch-size {training.config.batch_size}. Resume "
-            "with the same, or start another run with --weights"
+            f"{path}: a run on {num_images} images with --batch-size {batch_size}; here are "
+            f"{training.num_images} images, and --batch-size {config.batch_size}. Resume with the "
+            "same, or start another run with --weights"
         )
+    if checkpoint["epoch"] > config.epochs:
+        raise UserError(f"--epochs {config.epochs}: {path} has done {checkpoint['epoch']}")
+
     training.model.load_state_dict(checkpoint["model"])
     training.optimizer.load_state_dict(checkpoint["optimizer"])
     for group in training.optimizer.param_groups:
-        group["weight_decay"] = training.config.weight_decay
+        group["weight_decay"] = config.weight_decay
     if checkpoint["scaler"]:  # empty without float16
         training.scaler.load_state_dict(checkpoint["scaler"])
-
     for name in ("epoch", "step", "best", "bad_in_a_row"):
         setattr(training, name, checkpoint[name])
     # The sums are those of all processes, so only one of them may go on with the losses.
     is_mine = {name: training.world.is_main or "loss" not in name for name in checkpoint["sums"]}
     training.sums = {name: value * is_mine[name] for name, value in checkpoint["sums"].items()}
-
     if len(checkpoint["rng"]) == training.world.size:
         rng = checkpoint["rng"][training.world.rank]
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and training.world.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"], training.world.device)
+
+    line = f"resumed from {path} at step {training.step} of {training.total_steps}"
+    if training.total_steps != schedule["total_steps"]:
+        before = training.optimizer.param_groups[0]["lr"]
+        after = learning_rate(training.step, training.total_steps, config)
+        line += (
+            f", in place of {schedule['total_steps']}: the schedule is stretched, and the rate "
+            f"goes from {before:.2g} to {after:.2g}"
+        )
+    is_other = schedule.get("validation", training.validation) != training.validation
+    if is_other or not (output / "best.pt").exists():
+        training.best = -1.0
+        line += "; the best AP starts afresh" + (", on other validation data" if is_other else "")
+    return line
 
 
 # --- set-up: data, model, optimizer, resume ---
@@ -339,8 +360,9 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str) -> Non
 @dataclass(frozen=True)
 class TrainArgs:
     output: Path = Path("runs/train")  # folder that everything is written into
-    # Checkpoint to start from, for fine-tuning: ours, the authors', MMDetection's, or a name like
-    # sparse-rcnn-r50-100. Tensors of the same name and shape are loaded.
+    # Checkpoint to fine-tune: ours, the authors', MMDetection's, or a name such as
+    # sparse-rcnn-r50-100. Network and recipe are its own, unless --preset names another recipe.
+    # Classes are matched by name.
     weights: str | None = None
     # Checkpoint to resume from. Its settings apply unless a flag overrides them; "auto" is last.pt
     # in --output, if it exists.
@@ -353,28 +375,55 @@ class TrainArgs:
 
 
 def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
-    """The command line, and the checkpoint to resume from.
+    """The command line, and the checkpoint of --resume or --weights.
 
-    The settings of a run that is resumed are the defaults of its flags.
+    The settings of a run that is resumed are the defaults of its flags. So are those of a
+    checkpoint that is fine-tuned, but its data is not, and --preset may replace its recipe.
+
+    Raises:
+        UserError: a flag has no effect, or asks for another network than the checkpoint's.
     """
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
     read = partial(parse_args, argv, TrainArgs, "train.py", __doc__.split("\n\n")[0])
-    args = read(TrainArgs(config=preset_from(argv)))
-    resume = args.resume
-    if resume == "auto":
-        last = args.output / "last.pt"
-        resume = str(last) if last.exists() else None
-    if resume is None:
-        return replace(args, resume=None), None
+    preset = preset_from(argv)
+    args = read(TrainArgs(config=preset))
+    if {"--lr", "--lr-at-16"} <= given:
+        raise UserError("--lr-at-16 has no effect beside --lr; leave one of them out")
+    last = args.output / "last.pt"
+    if args.resume == "auto":
+        args = replace(args, resume=str(last) if last.exists() else None)
+    path = args.resume or args.weights
+    if path is None:
+        return args, None
 
-    checkpoint = load_checkpoint(resume)
-    config = Config.from_dict(checkpoint["config"])
-    has_preset = any(word.split("=")[0] == "--preset" for word in argv)
-    if has_preset and args.config.preset != config.preset:
+    checkpoint = load_checkpoint(path)
+    config = config_of(checkpoint, path, preset)
+    if args.resume:
+        if "--preset" in given and preset.preset != config.preset:
+            raise UserError(f"{path}: is a run of --preset {config.preset}; leave out --preset")
+        if "--lr-at-16" in given and config.lr is not None:
+            raise UserError(f"--lr-at-16: {path} is a run with --lr {config.lr}; change that")
+        default = config
+    else:
+        names = ("train_json", "train_images", "val_json", "val_images", "data", "test_size")
+        recipe = replace(config, **{name: getattr(preset, name) for name in names})
+        recipe = preset if "--preset" in given else recipe
+        default = replace(recipe, **{name: getattr(config, name) for name in NETWORK})
+    args = replace(read(TrainArgs(config=default)), resume=args.resume)
+    for name in NETWORK:
+        asked, has = getattr(args.config, name), getattr(config, name)
+        if asked != has:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} {asked}: the network of {path} has {flag} {has}, and its weights fit no "
+                "other; leave the flag out, or train from scratch"
+            )
+    if args.resume and args.config.freeze_backbone != config.freeze_backbone:
         raise UserError(
-            f"--preset {args.config.preset}: {resume} is a run of --preset {config.preset}; leave "
-            "out --preset"
+            f"{path}: a resumed run cannot change --freeze-backbone; start another one from its "
+            f"weights: --weights {path} and another --output"
         )
-    return replace(read(TrainArgs(config=config)), resume=resume), checkpoint
+    return args, checkpoint
 
 
 def start_training(
@@ -417,6 +466,7 @@ def start_training(
         world,
         steps_per_epoch,
         num_images=len(train_set),
+        validation=f"{config.val_json} {config.val_images} {config.eval_size} {config.max_size}",
         class_names=train_set.class_names,
         category_ids=train_set.category_ids,
     )
@@ -431,19 +481,20 @@ def run(
 
     Args:
         args: the command line.
-        checkpoint: to resume from; it is emptied once it is loaded.
+        checkpoint: of --resume or --weights; it is emptied once it is loaded.
         build: called as build(config, pretrained_backbone) to make the model.
     """
     with (
         join_world(args.device) as world,
         Report(args.output, world, goes_on_from=args.resume) as report,
     ):
-        choose_threads(world.device, args.config.backbone, args.config.amp)
-        known_names = checkpoint["class_names"] if checkpoint is not None else None
-        train_set = make_dataset(args.config, "train", class_names=known_names)
+        config = replace(args.config, test_size=args.config.eval_size)
+        choose_threads(world.device, config.backbone, config.amp)
+        known_names = checkpoint["class_names"] if args.resume else None
+        train_set = make_dataset(config, "train", class_names=known_names)
         require_objects(train_set)
         val_set = make_dataset(
-            args.config,
+            config,
             "val",
             class_names=train_set.class_names,
             ignore_new_classes=args.ignore_new_classes,
@@ -452,7 +503,15 @@ def run(
         if args.check_data:
             for dataset in datasets:
                 check_data(dataset, world.rank, world.size)
-        config = replace(args.config, num_classes=len(train_set.class_names))
+        # A data set smaller than one batch is one smaller batch, and the rate follows.
+        batch_size = min(config.batch_size, max(len(train_set), world.size))
+        micro_batch = config.micro_batch and min(config.micro_batch, batch_size)
+        config = replace(
+            config,
+            num_classes=len(train_set.class_names),
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+        )
         loader = make_train_loader(
             train_set,
             config.batch_size,
@@ -466,13 +525,19 @@ def run(
         build = partial(build, pretrained_backbone=checkpoint is None)
         training = start_training(config, world, train_set, len(loader), build)
         notes = [note for dataset in datasets for note in dataset.notes]
+        notes += notes_on_sizes(train_set, config)
+        if checkpoint is not None and args.resume:
+            notes.append(restore(training, checkpoint, args.resume, args.output))
+        elif checkpoint is not None:
+            lines = take_over(training.model, checkpoint, training.class_names)
+            notes += [f"{args.weights}: {line}" for line in lines]
         if checkpoint is not None:
-            restore(training, checkpoint, args.resume)
             checkpoint.clear()  # the caller holds it too: over 1 GB for the whole run
-            steps = f"step {training.step} of {training.total_steps}"
-            notes.append(f"resumed from {args.resume} at {steps}")
-        elif args.weights is not None:
-            notes += load_what_fits(training.model, args.weights, training.class_names)
+        elif training.total_steps < FEW_STEPS:
+            notes.append(
+                f"{training.total_steps} steps are few to learn from scratch (Shapes takes 1,500, "
+                "COCO 270,000); give more --epochs, or start from --weights"
+            )
         if len(set(world.gather((training.epoch, training.step)))) > 1:
             raise UserError(
                 "the processes have found different checkpoints; put --output on a disk that all "

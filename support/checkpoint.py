@@ -130,7 +130,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a whole checkpoint of this project, it lacks {names}")
     if missing:
         try:
-            checkpoint = as_checkpoint(checkpoint)
+            checkpoint = as_checkpoint(checkpoint)  # others' weights, or a bare state dict of ours
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     # With such weights a model would silently find nothing.
@@ -139,42 +139,46 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_what_fits(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> list[str]:
-    """Starts a model from other weights, for fine-tuning: tensors of the same name and shape.
+def take_over(
+    model: nn.Module, checkpoint: Mapping[str, Any], class_names: Sequence[str]
+) -> list[str]:
+    """Starts a model from trained weights, for fine-tuning on the same or on other classes.
+
+    Classes are matched by name: the outputs of those that the checkpoint knows are taken over,
+    those of the others start afresh.
 
     Args:
-        model: changed in place.
-        path: a checkpoint of ours, of the authors' code or of MMDetection.
-        class_names: what the model is to learn. If the file says that it learned other classes, the
-            class layers start afresh.
+        model: changed in place; of the same network as the checkpoint, except for its classes.
+        checkpoint: of `load_checkpoint`.
+        class_names: K names, in the order of the model's labels.
 
     Returns:
-        Lines that say what was taken over and what was not.
+        Lines that say what was taken over.
 
     Raises:
-        UserError: as `load_checkpoint`, or nothing fits.
+        RuntimeError: from torch, if the network is another one.
     """
-    checkpoint = load_checkpoint(path)
-    theirs, wanted = checkpoint["model"], model.state_dict()
-    has_other_classes = list(checkpoint["class_names"]) != list(class_names)
+    theirs, ours = dict(checkpoint["model"]), model.state_dict()
+    old = list(checkpoint["class_names"])
+    known = [name for name in class_names if name in old]
+    if list(class_names) != old:
+        for key in [key for key in theirs if ".cls_logits." in key]:
+            value = ours[key].clone()  # (K, C) or (K,)
+            rows = [list(class_names).index(name) for name in known]
+            value[rows] = theirs[key].to(value)[[old.index(name) for name in known]]
+            theirs[key] = value
+    # Only norms that are trained count their batches.
+    counters = {key for key in {*ours, *theirs} if key.endswith("num_batches_tracked")}
+    theirs = {**{key: ours[key] for key in counters & set(ours)}, **theirs}
+    for key in counters - set(ours):
+        del theirs[key]
+    model.load_state_dict(theirs)
 
-    fitting = {}
-    for key, value in theirs.items():
-        is_kept = not (has_other_classes and ".cls_logits." in key)
-        if is_kept and key in wanted and wanted[key].shape == value.shape:
-            fitting[key] = value
-    if not fitting:
-        raise UserError(
-            f"{path}: none of its {len(theirs)} tensors fits the model; is it of another --preset?"
-        )
-    model.load_state_dict(fitting, strict=False)
-
-    leftovers = {
-        "start afresh (not in the file, another shape, or other classes)": wanted,
-        "left over in the file": [key for key in theirs if key not in wanted],
-    }
-    lines = [f"{path}: took over {len(fitting)} of the model's {len(wanted)} tensors"]
-    for title, keys in leftovers.items():
-        if names := ", ".join(key for key in keys if key not in fitting):
-            lines.append(f"  {title}: {names}")
+    new = [name for name in class_names if name not in old]
+    lines = ["takes over the whole network" + (", except for the classes" if new else "")]
+    if new:
+        lines.append(f"classes that start afresh: {', '.join(new[:12])}{' …' * (len(new) > 12)}")
+    if unused := [name for name in old if name not in class_names]:
+        more = " …" * (len(unused) > 12)
+        lines.append(f"classes that are not used: {', '.join(unused[:12])}{more}")
     return lines

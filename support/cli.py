@@ -30,9 +30,12 @@ def parse_args(
         description: what it does.
         default: an instance of `into`, where the values of flags that are not given come from.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if any(word.replace("_", "-").startswith("--local-rank") for word in words):
+        raise UserError("--local-rank is of torch.distributed.launch; start with torchrun instead")
     return tyro.cli(
         into,
-        args=sys.argv[1:] if argv is None else list(argv),
+        args=words,
         prog=prog,
         description=description,
         default=default,

@@ -108,8 +108,21 @@ def rename(key: str) -> str | None:
     return None
 
 
+def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict out of its checkpoint, without what DDP and torch.compile put before names."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+    prefixes = re.compile(r"^(module\.|_orig_mod\.)+")
+    return {prefixes.sub("", str(key)): value for key, value in state_dict.items()}
+
+
+def _is_ours(state_dict: Mapping[str, Any]) -> bool:
+    return "proposal_boxes" in state_dict
+
+
 def convert_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Renames a state dict of the authors' code or of MMDetection.
+    """Renames a state dict of the authors' code, of MMDetection, or of a training loop with ours.
 
     Args:
         state_dict: name -> tensor, or a whole checkpoint that holds one as "model" or "state_dict".
@@ -118,15 +131,15 @@ def convert_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         The same tensors under our names; `SparseRCNN.load_state_dict` tells if one is missing.
 
     Raises:
-        UserError: a name that neither implementation has, or two names for one tensor.
+        UserError: a name that no implementation has, or two names for one tensor.
     """
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
+    state_dict = _plain(state_dict)
+    if _is_ours(state_dict):
+        return state_dict
 
-    # Frozen norms do not count batches; DistributedDataParallel puts "module." before every name.
-    counted = [key for key in state_dict if not str(key).endswith("num_batches_tracked")]
-    renamed = {key: rename(str(key).removeprefix("module.")) for key in counted}
+    # Frozen norms do not count batches.
+    counted = [key for key in state_dict if not key.endswith("num_batches_tracked")]
+    renamed = {key: rename(key) for key in counted}
     if unknown := [key for key, ours in renamed.items() if ours is None]:
         raise UserError(
             f"convert: {len(unknown)} names are neither the authors' nor MMDetection's Sparse "
@@ -156,6 +169,7 @@ def settings_from(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         return sum(state_dict[key].dim() == 2 for key in matrices)
 
     depths = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (2, 2, 2, 2): "resnet18"}
+    depths[0, 0, 0, 0] = "small"
     blocks = tuple(count(rf"backbone\.body\.layer{layer}\.(\d+)") for layer in (1, 2, 3, 4))
     try:
         backbone = depths[blocks]
@@ -166,14 +180,10 @@ def settings_from(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         num_classes = len(state_dict["head.stages.0.cls_logits.weight"])
     except KeyError as error:
         raise UserError(
-            f"convert: this is no Sparse R-CNN on a ResNet-18, 50 or 101: {error} was not found"
+            f"convert: this is no Sparse R-CNN with a backbone of ours: {error} was not found"
         ) from None
 
-    depth = "r101" if backbone == "resnet101" else "r50"
-    has_300 = num_proposals == 300
     return {
-        "preset": f"{depth}-{300 if has_300 else 100}",
-        "crop": has_300,
         "backbone": backbone,
         "num_classes": num_classes,
         "num_proposals": num_proposals,
@@ -190,20 +200,26 @@ def settings_from(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 def as_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint of ours (see support/checkpoint.py) from what `convert_checkpoint` takes.
 
-    A model of 80 classes gets COCO's names and category ids, any other one gets numbers.
+    A model of 80 classes gets COCO's names and category ids, any other one gets numbers. Weights of
+    the authors or of MMDetection are of one of the paper's presets. A state dict in our names may
+    be of any: its config has no "preset", and only the settings that shapes tell.
 
     Raises:
         UserError: as `convert_checkpoint`.
     """
     model = convert_checkpoint(state_dict)
-    config = settings_from(model)
-    num_classes = config["num_classes"]
+    settings = settings_from(model)
+    num_classes = settings["num_classes"]
+    if not _is_ours(_plain(state_dict)):
+        depth = "r101" if settings["backbone"] == "resnet101" else "r50"
+        has_300 = settings["num_proposals"] == 300
+        settings |= {"preset": f"{depth}-{300 if has_300 else 100}", "crop": has_300}
     names = {label: f"class {label}" for label in range(num_classes)}
     if num_classes == len(COCO_CLASSES):
         names = COCO_CLASSES
     return {
         "model": model,
-        "config": config,
+        "config": settings,
         "class_names": list(names.values()),
         "category_ids": list(names),
     }

@@ -79,6 +79,11 @@ def join_world(device_name: str) -> Iterator[World]:
     if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise UserError(
+                "srun has started several processes that do not know of each other; start one per "
+                "machine, and in it torchrun (srun --ntasks-per-node=1 torchrun …)"
+            )
         yield World(device)
         return
 

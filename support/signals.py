@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -24,6 +25,8 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread gets signals, and may ask for them
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
