@@ -47,6 +47,7 @@ Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]] | None
 AnyPath = str | os.PathLike[str]
 
 COCO_FOLDER = Path("datasets/coco")
+TINY_PX = 4  # an object of less is one cell of the finest pyramid level
 MIN_SIDE_PX = 1e-5  # a box of no more width or height is not an object (authors' code)
 
 
@@ -265,7 +266,7 @@ def train_transforms(config: Config) -> v2.Compose:
 
 def eval_transforms(config: Config) -> v2.Compose:
     """Resizes to the size of evaluation; nothing is random."""
-    return v2.Compose([ShortestSize((config.test_size,), config.max_size)])
+    return v2.Compose([ShortestSize((config.eval_size,), config.max_size)])
 
 
 # --- which data ---
@@ -380,6 +381,34 @@ def require_objects(dataset: CocoDataset | ShapesDataset) -> None:
             f"{dataset.json_file}: no objects in the training images, so there is nothing to learn "
             f"from ({dataset.num_crowds} annotations are crowds, which are not trained on)"
         )
+
+
+def notes_on_data(dataset: CocoDataset | ShapesDataset, config: Config) -> list[str]:
+    """What the settings make of a data set, if a user may not expect it; one line each."""
+    if isinstance(dataset, ShapesDataset) or not dataset.objects_per_image.any():
+        return []
+    notes = []
+    rows = np.repeat(np.arange(len(dataset)), dataset.objects_per_image)  # (T,)
+    objects = rows * len(dataset.class_names) + dataset._labels
+    if (most := int(np.unique(objects, return_counts=True)[1].max())) > config.max_dets:
+        notes.append(
+            f"up to {most} objects of a class per image, of which {config.max_dets} detections "
+            f"count: perfect boxes would not reach AP 100; give --max-dets {most}"
+        )
+
+    # At the largest training size, the longer side of each object.
+    sizes_hw = dataset.sizes_hw
+    scale = np.minimum(max(config.min_sizes) / sizes_hw.min(1), config.max_size / sizes_hw.max(1))
+    sides_px = (dataset._boxes[:, 2:] - dataset._boxes[:, :2]).max(1) * scale[rows]
+    if (share := (sides_px < TINY_PX).mean()) > 0.1:
+        factor = 2 * TINY_PX / np.quantile(sides_px, 0.1)
+        longest = int(config.max_size * factor)
+        notes.append(
+            f"{share:.0%} of the objects are less than {TINY_PX} pixels long in the resized images "
+            f"and can hardly be seen; --max-size {longest} and --min-sizes in proportion would do, "
+            "or cut the images into tiles"
+        )
+    return [f"{dataset.json_file}: {note}" for note in notes]
 
 
 def check_data(dataset: CocoDataset | ShapesDataset, rank: int = 0, world_size: int = 1) -> None:

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import Target, validation_set
+from config import PRESETS, PresetName
+from data import Target, notes_on_data, validation_set
 from model import load_model
 from support.cli import parse_args, run_main
 from support.devices import AMP_DTYPES, choose_threads
@@ -297,6 +298,7 @@ def format_table(metrics: dict[str, Any], per_class: bool = False) -> str:
 @dataclass(frozen=True)
 class EvaluateArgs:
     weights: Path  # checkpoint to evaluate
+    preset: PresetName | None = None  # of weights that were saved as a bare state dict
     val_json: str | None = None  # annotations (COCO format); by default those of the training run
     val_images: str | None = None  # folder that the file names in --val-json are relative to
     output: Path = Path("runs/evaluate")  # folder for metrics.json and detections.json
@@ -327,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with join_world(args.device) as world:
         if world.is_main:
             make_folder(args.output)
-        model, checkpoint = load_model(args.weights, world.device)
+        model, checkpoint = load_model(args.weights, world.device, PRESETS.get(args.preset))
         names = ("val_json", "val_images", "test_size", "max_size", "max_dets")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         config = replace(checkpoint["config"], **given)
@@ -345,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if not world.is_main:
             return
-        for note in dataset.notes:
+        for note in (*dataset.notes, *notes_on_data(dataset, config)):
             print(f"note: {note}")
         if metrics["other_classes"]:
             print(

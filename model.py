@@ -17,6 +17,7 @@ detections alone and together; `evaluate.py` batches only such images.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -433,4 +434,6 @@ def load_model(
             count = len(checkpoint[key])
             raise UserError(f"{path}: has {count} {key} for {config.num_classes} classes")
     del checkpoint["model"]
+    # Resolved, so that nobody has to know how it follows from the training sizes.
+    config = replace(config, test_size=config.eval_size)
     return model.to(device).eval(), {**checkpoint, "config": config}

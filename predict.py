@@ -34,6 +34,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from config import PRESETS, PresetName
 from data import ShortestSize
 from model import load_model
 from support.checkpoint import PUBLISHED
@@ -67,6 +68,7 @@ class Predictor:
         test_size: pixels of the shortest side that images are resized to; by default that of the
             weights.
         max_size: pixels, the limit of the longest side; by default that of the weights.
+        preset: the one that a bare state dict was trained with; other weights need none.
 
     Raises:
         UserError: the weights cannot be used, or one of the classes is not theirs.
@@ -82,6 +84,7 @@ class Predictor:
         amp: str = "off",
         test_size: int | None = None,
         max_size: int | None = None,
+        preset: PresetName | None = None,
     ):
         self.device = pick_device(device)
         self.score_threshold = score_threshold
@@ -93,7 +96,7 @@ class Predictor:
             self.model = OnnxDetector(weights, self.device)
             self.class_names, self.backbone, sizes = self.model.class_names, "", self.model
         else:
-            model, checkpoint = load_model(weights, self.device)
+            model, checkpoint = load_model(weights, self.device, PRESETS.get(preset))
             self.model, sizes = model.for_inference(), checkpoint["config"]
             self.class_names, self.backbone = checkpoint["class_names"], sizes.backbone
         self.resize = ShortestSize((test_size or sizes.test_size,), max_size or sizes.max_size)
@@ -133,7 +136,7 @@ class Predictor:
             results = self.model(resized)
 
         (height, width), (h, w) = images[0].shape[1:], resized[0].shape[1:]
-        scale = torch.tensor([width / w, height / h] * 2)
+        scale = torch.tensor([width / w, height / h] * 2, dtype=torch.float32)
         found = []
         for result in results:
             boxes, scores, labels = (result[key].cpu() for key in ("boxes", "scores", "labels"))
@@ -256,6 +259,7 @@ class PredictArgs:
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
     test_size: int | None = None  # pixels: shortest side of the images; by default the checkpoint's
     max_size: int | None = None  # pixels: limit of the longest side; by default the checkpoint's
+    preset: PresetName | None = None  # of weights that were saved as a bare state dict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -273,6 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--weights is missing: give a checkpoint, such as assets/blood.pt, an ONNX file, or a "
             f"name of published weights ({', '.join(PUBLISHED)}: about 420 MB, downloaded once)"
         )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "every process of torchrun would predict all images; start one predict.py per GPU, "
+            "each with files and --output of its own"
+        )
     if not 0 <= args.score_threshold <= 1:
         raise UserError(f"--score-threshold {args.score_threshold} should lie in 0 … 1")
     files = list_images(args.inputs)
@@ -288,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         amp=args.amp,
         test_size=args.test_size,
         max_size=args.max_size,
+        preset=args.preset,
     )
     model, class_names = predictor.model, predictor.class_names
     if args.stages and isinstance(model, OnnxDetector):

@@ -33,7 +33,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 
 from config import NETWORK, Config, preset_from
-from data import check_data, make_dataset, notes_on_sizes, require_objects
+from data import check_data, make_dataset, notes_on_data, require_objects
 from evaluate import evaluate, format_table
 from model import SparseRCNN, build_model, config_of
 from support.checkpoint import load_checkpoint, save_checkpoint, take_over
@@ -524,8 +524,12 @@ def run(
         # A model that is about to be overwritten needs no ImageNet weights.
         build = partial(build, pretrained_backbone=checkpoint is None)
         training = start_training(config, world, train_set, len(loader), build)
-        notes = [note for dataset in datasets for note in dataset.notes]
-        notes += notes_on_sizes(train_set, config)
+        notes = []
+        for dataset in datasets:
+            notes += [*dataset.notes, *notes_on_data(dataset, config)]
+        low, high = min(config.min_sizes), max(config.min_sizes)
+        if not low / 2 <= config.eval_size <= 2 * high:
+            notes.append(f"evaluates at {config.eval_size} pixels, but trains at {low} to {high}")
         if checkpoint is not None and args.resume:
             notes.append(restore(training, checkpoint, args.resume, args.output))
         elif checkpoint is not None:

@@ -29,6 +29,7 @@ CPU = World(torch.device("cpu"))
 # Small enough for a step in milliseconds. B, N, K, C and S differ wherever a test chooses them.
 TINY = replace(
     PRESETS["shapes"],
+    test_size=96,
     num_proposals=7,
     num_stages=2,
     hidden_dim=16,

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, reference_weights
 
+from config import PRESETS
 from model import build_model, load_model
-from support.checkpoint import load_checkpoint, load_what_fits, read_checkpoint, save_checkpoint
+from support.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, take_over
+from support.convert import COCO_CLASSES
 from support.errors import UserError
 
 
@@ -90,11 +92,9 @@ def test_a_malicious_pickle_is_not_run(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     state_dict = build_model(TINY).state_dict()
     state_dict["head.stages.1.cls_logits.bias"][1] = value
-    path, model = saved(tmp_path / "last.pt", model=state_dict), build_model(TINY)
-    for load in (load_model, lambda path: load_what_fits(model, path, list("abc"))):
-        with pytest.raises(UserError, match=r"last\.pt: 1 .*not finite.* head\.stages\.1\.cls_log"):
-            load(path)
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    path = saved(tmp_path / "last.pt", model=state_dict)
+    with pytest.raises(UserError, match=r"last\.pt: 1 .*not finite.* head\.stages\.1\.cls_log"):
+        load_checkpoint(path)
 
 
 def test_parts_that_do_not_go_together_are_named(tmp_path: Path) -> None:
@@ -110,15 +110,59 @@ def test_parts_that_do_not_go_together_are_named(tmp_path: Path) -> None:
             load_model(saved(tmp_path / "last.pt", **changes))
 
 
-def test_fine_tuning_takes_over_what_fits_and_says_what_does_not(tmp_path: Path) -> None:
-    theirs, ours = build_model(TINY), build_model(replace(TINY, num_proposals=4))
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_saved_by_a_loop_of_ones_own(prefix: str, tmp_path: Path) -> None:
+    """As people do it: model.state_dict(), perhaps of DistributedDataParallel or torch.compile."""
+    model = build_model(TINY)
+    state_dict = {prefix + key: value for key, value in model.state_dict().items()}
+    torch.save({"model": state_dict, "epoch": 3} if prefix else state_dict, tmp_path / "own.pt")
+    with pytest.raises(UserError, match=r"own\.pt: holds only weights.*--preset"):
+        load_model(tmp_path / "own.pt")
+    preset = replace(TINY, num_proposals=99, num_stages=9, num_classes=9)  # shapes tell these
+    loaded, rest = load_model(tmp_path / "own.pt", preset=preset)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert rest["config"] == replace(TINY, test_size=96) and len(rest["class_names"]) == 3
+
+
+def test_classes_are_taken_over_by_name(tmp_path: Path) -> None:
+    """Three classes a, b, c into b, x, a: two rows move, one starts afresh."""
+    theirs, ours = build_model(TINY), build_model(TINY)
     fresh = {key: value.clone() for key, value in ours.state_dict().items()}
-    path = saved(tmp_path / "last.pt", model=theirs.state_dict())
-    lines = load_what_fits(ours, path, ["a", "b", "x"])  # as many classes, but not the same
-    afresh = [key for key in fresh if key.startswith("proposal") or ".cls_logits." in key]
+    checkpoint = load_checkpoint(saved(tmp_path / "last.pt", model=theirs.state_dict()))
+    lines = take_over(ours, checkpoint, ["b", "x", "a"])
     for key, value in ours.state_dict().items():
-        assert torch.equal(value, fresh[key] if key in afresh else theirs.state_dict()[key]), key
-    assert f"took over {len(fresh) - len(afresh)} of the model's {len(fresh)} tensors" in lines[0]
-    assert lines[1].endswith(": " + ", ".join(afresh)) and len(lines) == 2
-    with pytest.raises(UserError, match=r"last\.pt: none of its \d+ tensors fits"):
-        load_what_fits(torch.nn.Linear(2, 3), path, list("abc"))
+        expected = theirs.state_dict()[key]
+        if ".cls_logits." in key:
+            expected = torch.stack([expected[1], fresh[key][1], expected[0]])
+        assert torch.equal(value, expected), key
+    assert "afresh: x" in lines[1] and "not used: c" in lines[2]
+    with pytest.raises(RuntimeError, match="proposal_boxes"):
+        take_over(build_model(replace(TINY, num_proposals=4)), checkpoint, list("abc"))
+
+
+def test_cocos_classes_in_another_order_are_taken_over_by_name(tmp_path: Path) -> None:
+    """Of a file of MMDetection: 80 outputs alone would fit 80 classes in any order."""
+    authors = reference_weights("mmdet_r50_100")
+    bias = torch.arange(80.0)
+    authors["roi_head.bbox_head.0.fc_cls.bias"] = bias
+    torch.save({"state_dict": authors}, tmp_path / "mmdet.pth")
+    names = sorted(COCO_CLASSES.values())
+    names[0] = "part 22"  # in place of "airplane"
+    model = build_model(PRESETS["r50-100"], pretrained_backbone=False)
+    take_over(model, load_checkpoint(tmp_path / "mmdet.pth"), names)
+    found = model.head.stages[0].cls_logits.bias
+    order = list(COCO_CLASSES.values())
+    assert found[names.index("zebra")] == bias[order.index("zebra")] == 22
+    assert found[0] == pytest.approx(-4.595, abs=1e-3)  # as every new class
+
+
+def test_frozen_and_trained_norms_fit_one_another(tmp_path: Path) -> None:
+    """First the head alone, then the whole network, and back; only one of them counts batches."""
+    small = replace(TINY, backbone="resnet18", freeze_backbone=True)
+    frozen, trained = build_model(small), build_model(replace(small, freeze_backbone=False))
+    for source, target in ((frozen, trained), (trained, frozen)):
+        checkpoint = {"model": source.state_dict(), "class_names": list("abc")}
+        take_over(target, checkpoint, list("abc"))
+        for key in set(source.state_dict()) & set(target.state_dict()):
+            assert torch.equal(source.state_dict()[key], target.state_dict()[key]), key

@@ -13,7 +13,7 @@ from conftest import ROOT
 from config import PRESETS, Config, preset_from
 from support.cli import parse_args, run_main
 from support.errors import UserError
-from train import TrainArgs, learning_rate
+from train import TrainArgs, learning_rate, peak_rate
 
 # --- the recipe ---
 
@@ -32,9 +32,9 @@ def test_presets_are_the_papers() -> None:
     assert sizes == (256, 64, 6, 8, 2048, 7)
     weights = (c.class_weight, c.l1_weight, c.giou_weight, c.focal_alpha, c.focal_gamma)
     assert weights == (2, 5, 2, 0.25, 2)
-    optimizer = (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip_norm)
+    optimizer = (c.epochs, c.batch_size, peak_rate(c), c.weight_decay, c.clip_norm)
     assert optimizer == (36, 16, 2.5e-5, 1e-4, 1.0)
-    assert c.min_sizes == tuple(range(480, 801, 32)) and (c.max_size, c.test_size) == (1333, 800)
+    assert c.min_sizes == tuple(range(480, 801, 32)) and (c.max_size, c.eval_size) == (1333, 800)
 
 
 @pytest.mark.parametrize(

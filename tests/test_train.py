@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -16,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, new_training, reference_weights, take_step, torchrun
+from conftest import CPU, ROOT, TINY, new_training, take_step, torchrun
 
 import train
-from config import PRESETS, Config
+from config import Config
 from data import make_dataset
 from evaluate import evaluate
-from model import SparseRCNN, build_model, load_model
+from model import SparseRCNN, load_model
 from shapes import ShapesDataset
-from support.checkpoint import load_checkpoint, load_what_fits, save_checkpoint
+from support.checkpoint import load_checkpoint, save_checkpoint
 from support.errors import UserError
 from train import learning_rate, main, train_step
 
@@ -304,7 +305,7 @@ def test_what_cannot_be_resumed(
 ) -> None:
     last = str(uninterrupted / "last.pt")
     flags = ["--resume", last, "--output", str(tmp_path), "--device", "cpu"]
-    with pytest.raises(RuntimeError, match="size mismatch for proposal_boxes"):  # torch's own words
+    with pytest.raises(UserError, match="--num-proposals 9: .* has --num-proposals 7"):
         main([*flags, "--num-proposals", "9"])
     two_classes = make_coco(categories={1: "a", 2: "b"}, num_images=12)
     with pytest.raises(UserError, match=r"classes \['a', 'b'\]"):
@@ -557,44 +558,99 @@ def test_a_micro_batch_changes_the_memory_and_not_the_recipe() -> None:
         assert losses[1][name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_fine_tuning_keeps_what_fits_and_lists_the_rest(tmp_path: Path) -> None:
-    path = tmp_path / "pretrained.pt"
-    source = build_model(TINY)
-    contents = {"class_names": ["a", "b", "c"], "category_ids": [1, 2, 3]}
-    save_checkpoint(path, {"model": source.state_dict(), "config": TINY.to_dict(), **contents})
-    model = build_model(replace(TINY, num_classes=5))
-    lines = "\n".join(load_what_fits(model, path, ["a", "b", "c", "d", "e"]))
-    old, new = source.state_dict(), model.state_dict()
-    changed = (
-        {name for name in new if not torch.equal(new[name], old[name])}
-        if new.keys() == old.keys()
-        else None
-    )
-    assert changed == {
-        f"head.stages.{s}.cls_logits.{p}"
-        for s in range(TINY.num_stages)
-        for p in ("weight", "bias")
-    }
-    assert (
-        all(name in lines for name in changed)
-        and f"{len(new) - len(changed)} of the model's {len(new)}" in lines
-    )
-    renamed = build_model(TINY)
-    before = renamed.head.stages[0].cls_logits.weight.clone()
-    assert "other classes" in "\n".join(load_what_fits(renamed, path, ["a", "c", "b"]))
-    assert torch.equal(renamed.head.stages[0].cls_logits.weight, before)
-    assert torch.equal(renamed.proposal_feats, source.proposal_feats)
-    with pytest.raises(UserError, match="none of its"):
-        load_what_fits(torch.nn.Linear(2, 2), path, [])
+BLOOD = ROOT / "assets/blood"
+ON_BLOOD = [*data_flags((BLOOD / "val.json", BLOOD), (BLOOD / "val.json", BLOOD)), "--epochs", "1"]
+ON_BLOOD += ["--weights", str(ROOT / "assets/blood.pt"), "--device", "cpu", "--workers", "0"]
+ON_BLOOD += ["--lr", "1e-9", "--max-bad-steps", "1", "--output"]
 
 
-def test_fine_tuning_from_the_authors_weights(tmp_path: Path) -> None:
-    authors = reference_weights("r50_100")
-    torch.save({"model": authors}, tmp_path / "authors.pth")
-    model = build_model(replace(PRESETS["r50-100"], num_classes=3), pretrained_backbone=False)
-    lines = load_what_fits(model, tmp_path / "authors.pth", ["a", "b", "c"])
-    assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
-    assert len(lines) == 2 and lines[1].count("head.stages") == lines[1].count("cls_logits") == 12
+@pytest.mark.parametrize("preset", [[], ["--preset", "small"]])
+def test_fine_tuning_takes_the_network_from_the_file(
+    preset: list[str], tmp_path: Path, capsys
+) -> None:
+    """Its stages, heads, canonical box and so on, named or not: at rate 0 the AP is the file's."""
+    assert main([*preset, *ON_BLOOD, str(tmp_path)]) == 0
+    ap = json.loads((tmp_path / "metrics.jsonl").read_text())["AP"]
+    assert ap == pytest.approx(0.5407, abs=0.01)  # with another canonical_box_px: 0.424
+    assert "takes over the whole network" in capsys.readouterr().out
+
+
+def test_another_network_than_the_files_is_refused(tmp_path: Path) -> None:
+    for flag, words in (
+        (["--num-heads", "8"], "--num-heads 8: .*blood.pt has --num-heads 4"),
+        (["--num-stages", "3"], "--num-stages 3: .*blood.pt has --num-stages 6"),
+        (["--canonical-box-px", "224"], "--canonical-box-px 224: .* has --canonical-box-px 112"),
+    ):
+        with pytest.raises(UserError, match=words):
+            main([*ON_BLOOD, str(tmp_path), *flag])
+
+
+def test_the_evaluation_follows_the_training_size(
+    tiny_flags: list[str], tmp_path: Path, capsys
+) -> None:
+    """--min-sizes alone: not evaluated at the preset's 800, or at what some file says."""
+    assert main([*tiny_flags, "--min-sizes", "64", "80", "--output", str(tmp_path / "a")]) == 0
+    assert load_checkpoint(tmp_path / "a/last.pt")["config"]["test_size"] == 80
+    assert "80×80" in capsys.readouterr().out
+    flags = [*tiny_flags, "--test-size", "200", "--max-size", "200", "--output"]
+    assert main([*flags, str(tmp_path / "b")]) == 0
+    assert "evaluates at 200 pixels, but trains at 96" in capsys.readouterr().out
+
+
+def test_flags_without_effect_are_refused(tiny_flags: list[str], tmp_path: Path, capsys) -> None:
+    with pytest.raises(UserError, match="--lr-at-16 has no effect beside --lr"):
+        main([*tiny_flags, "--lr", "1e-3", "--lr-at-16", "1e-3", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="--local-rank .*torchrun"):
+        main([*tiny_flags, "--local-rank=1"])
+    with pytest.raises(SystemExit):  # read from the annotations
+        main([*tiny_flags, "--num-classes", "91"])
+    assert "num-classes" in capsys.readouterr().err
+
+
+def test_a_small_data_set_is_one_small_batch_and_too_few_steps(
+    make_coco, tiny_flags: list[str], tmp_path: Path, capsys
+) -> None:
+    flags = [*tiny_flags, *data_flags(make_coco(num_images=3)), "--batch-size", "16"]
+    assert main([*flags, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "batch         3 images" in printed and "1 steps are few to learn" in printed
+    assert load_checkpoint(tmp_path / "last.pt")["schedule"]["learning_rate"] == 1e-3 * 3 / 16
+
+
+def test_resuming_with_other_epochs_or_validation_data_is_said(
+    module_flags: list[str], uninterrupted: Path, make_coco, tmp_path: Path, capsys
+) -> None:
+    last = tmp_path / "last.pt"
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    flags = ["--resume", str(last), "--output", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(UserError, match="--epochs 1: .*last.pt has done 2"):
+        main([*flags, "--epochs", "1"])
+    with pytest.raises(UserError, match="--freeze-backbone; start another one .*--weights"):
+        main([*flags, "--freeze-backbone"])
+    best = load_checkpoint(last)["best"]
+    assert main([*flags, "--epochs", "3", "--test-size", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"in place of 6: the schedule is stretched, and the rate goes from", printed)
+    assert "the best AP starts afresh, on other validation data" in printed
+    after = load_checkpoint(last)["best"]
+    assert after == load_checkpoint(tmp_path / "best.pt")["best"] and after != best
+
+
+def test_a_run_in_a_thread(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Of a web app, say: only the main thread may ask for signals."""
+    codes: list[int] = []
+    flags = [*tiny_flags, "--output", str(tmp_path)]
+    thread = threading.Thread(target=lambda: codes.append(main(flags)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_srun_without_torchrun_is_refused(monkeypatch, tiny_flags, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="srun .*torchrun"):
+        main([*tiny_flags, "--output", str(tmp_path)])
 
 
 def test_three_steps_are_the_recipe_by_hand() -> None:

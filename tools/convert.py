@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from config import Config
-from model import build_model
+from config import PRESETS, PresetName
+from model import build_model, config_of
 from support.checkpoint import KEYS, load_checkpoint, save_checkpoint
 from support.cli import parse_args, run_main
 from support.convert import COCO_CLASSES, convert_checkpoint
@@ -32,6 +32,7 @@ class ConvertArgs:
     output: tyro.conf.Positional[Path]  # file to write
     # Store floats in float16, which halves the file. They are loaded as float32 again.
     half: bool = False
+    preset: PresetName | None = None  # that a bare state dict was trained with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.resolve() == args.source.resolve():
         raise UserError(f"{args.output}: would replace its own source; give another file to write")
     checkpoint = load_checkpoint(args.source)
-    config = Config.from_dict(checkpoint["config"])
+    config = config_of(checkpoint, args.source, PRESETS.get(args.preset))
     with torch.device("meta"):  # only shapes, to find out whether the tensors are all there
         model = build_model(config, pretrained_backbone=False)
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["model"], assign=True)
 
     if args.half:
         for key, value in checkpoint["model"].items():
