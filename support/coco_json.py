@@ -189,7 +189,8 @@ def find_classes(
     if new:
         notes.append(f"{file}: ignored {new}, new to the model, and {num_new} annotations")
     if missing:
-        notes.append(f"{file}: lacks the classes {missing}; AP is over the others")
+        lacks = f"{len(missing)} of the {len(expected)} classes: {', '.join(map(repr, missing))}"
+        notes.append(f"{file}: lacks {lacks}; AP is over the others")
     ids = {name: category.id for name, category in usable.items()}
     return tuple(expected), tuple(ids.get(_normal(name)) for name in expected), notes
 

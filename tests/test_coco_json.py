@@ -135,7 +135,7 @@ def test_classes_are_matched_by_name(read: Reader) -> None:
     names, ids, notes = classes(coco, "elk", "owl", "kät", allow_missing=True, ignore_new=True)
     assert names == ("elk", "owl", "kät") and ids == (None, 1000, -3)
     assert "ignored ['bee'], new to the model, and 2 annotations" in notes
-    assert "lacks the classes ['elk']" in notes
+    assert "lacks 1 of the 3 classes: 'elk'; AP" in notes
 
 
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])

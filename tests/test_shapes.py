@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from torchvision import tv_tensors
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_area, box_convert, box_iou
 from torchvision.transforms import v2
 
 import shapes
@@ -76,15 +76,19 @@ def test_sizes_and_overlaps(level: str) -> None:
     _, most, low, high, max_iou = PROMISED[level]
     expected = stats.loguniform(low, high) if level == "crowded" else stats.uniform(low, high - low)
     whs, full = [], []
-    worst = 0.0
+    worst = most_hidden = 0.0
     rng = np.random.default_rng(0)
     for _ in range(1500):
         boxes = torch.from_numpy(shapes.draw_layout(rng, shapes.LEVELS[level])[0])
         assert (boxes >= 0).all() and (boxes <= 96).all()
-        worst = max(worst, box_iou(boxes, boxes).fill_diagonal_(0).max().item())
+        iou, area = box_iou(boxes, boxes).triu(diagonal=1), box_area(boxes)  # with later boxes
+        shared = iou / (1 + iou) * (area[:, None] + area)  # (M, M) square pixels
+        worst = max(worst, iou.max().item())
+        most_hidden = max(most_hidden, (shared.sum(dim=1) / area).max().item())
+        assert (area.diff() <= 1e-2).all(), "large objects come first"
         whs.append((boxes[:, 2:] - boxes[:, :2]).numpy())
         full += [whs[-1]] if len(boxes) == most else []
-    assert 0.9 * max_iou < worst <= max_iou + 1e-5
+    assert 0.9 * max_iou < worst <= max_iou + 1e-5 and most_hidden < 0.75 + 1e-4
     widths, heights = np.concatenate(whs).T
     assert low - 1e-4 <= widths.min() < 1.02 * low and 0.98 * high < widths.max() <= high + 1e-4
     for sides in (widths, heights, np.concatenate(full).ravel()):
