@@ -13,17 +13,17 @@ from conftest import ROOT
 from config import PRESETS, Config, preset_from
 from support.cli import parse_args, run_main
 from support.errors import UserError
-from train import TrainArgs, learning_rate
+from train import TrainArgs, learning_rate, peak_rate
 
 # --- the recipe ---
 
 
 def test_presets_are_the_papers() -> None:
-    assert set(PRESETS) == {"r50-100", "r50-300", "r101-100", "r101-300", "shapes"}
+    assert set(PRESETS) == {"r50-100", "r50-300", "r101-100", "r101-300", "shapes", "small"}
     assert PRESETS["r50-100"] == Config()
     for name, config in PRESETS.items():
         assert config.preset == name
-        if name != "shapes":
+        if config.backbone != "small":
             depth, proposals = name[1:].split("-")
             assert config.backbone == f"resnet{depth}" and config.num_proposals == int(proposals)
             assert config.crop == (proposals == "300")
@@ -32,7 +32,7 @@ def test_presets_are_the_papers() -> None:
     assert sizes == (256, 64, 6, 8, 2048, 7)
     weights = (c.class_weight, c.l1_weight, c.giou_weight, c.focal_alpha, c.focal_gamma)
     assert weights == (2, 5, 2, 0.25, 2)
-    optimizer = (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip_norm)
+    optimizer = (c.epochs, c.batch_size, peak_rate(c), c.weight_decay, c.clip_norm)
     assert optimizer == (36, 16, 2.5e-5, 1e-4, 1.0)
     assert c.min_sizes == tuple(range(480, 801, 32)) and (c.max_size, c.test_size) == (1333, 800)
 
