@@ -15,6 +15,7 @@ from model import build_model, load_model
 from support.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, take_over
 from support.convert import COCO_CLASSES
 from support.errors import UserError
+from support.files import replacing
 
 
 def saved(path: Path, **changes: Any) -> Path:
@@ -42,8 +43,9 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path / "last.pt")
     before = path.read_bytes()
-    # /dev/full fails as a full disk does: only when something is written.
-    (tmp_path / f".last.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with replacing(path) as temporary:
+        temporary.write_bytes(before)
+    temporary.symlink_to("/dev/full")  # it fails as a full disk does: when something is written
     with pytest.raises(OSError, match=r"last\.pt: not written \(No space left on device\).*intact"):
         saved(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]

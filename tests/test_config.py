@@ -19,11 +19,11 @@ from train import TrainArgs, learning_rate, peak_rate
 
 
 def test_presets_are_the_papers() -> None:
-    assert set(PRESETS) == {"r50-100", "r50-300", "r101-100", "r101-300", "shapes"}
+    assert set(PRESETS) == {"r50-100", "r50-300", "r101-100", "r101-300", "shapes", "small"}
     assert PRESETS["r50-100"] == Config()
     for name, config in PRESETS.items():
         assert config.preset == name
-        if name != "shapes":
+        if config.backbone != "small":
             depth, proposals = name[1:].split("-")
             assert config.backbone == f"resnet{depth}" and config.num_proposals == int(proposals)
             assert config.crop == (proposals == "300")

@@ -10,7 +10,7 @@ import pytest
 from support.files import make_folder, replacing, write_json
 
 
-@pytest.mark.parametrize("name", ["a.json", "猫" * 60, os.fsdecode(b"\xff.json")])
+@pytest.mark.parametrize("name", ["a.json", "猫" * 85, os.fsdecode(b"\xff.json")])
 def test_a_file_is_replaced_by_a_whole_one(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("old")
@@ -40,9 +40,9 @@ def test_json_holds_names_in_any_encoding(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
 def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", "old")
-    # /dev/full fails as a full disk does: only when something is written.
-    (tmp_path / f".a.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with replacing(tmp_path / "a.json") as temporary:
+        temporary.write_text('"old"')
+    temporary.symlink_to("/dev/full")  # it fails as a full disk does: when something is written
     with pytest.raises(OSError, match=r"a\.json: not written \(No space left on device\)"):
         write_json(tmp_path / "a.json", "new")
     assert json.loads((tmp_path / "a.json").read_bytes()) == "old"
