@@ -240,19 +240,20 @@ def test_a_run_with_other_settings_is_refused(command, monkeypatch):
 def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(command, tmp_path, monkeypatch):
     folder, flags = command
     flags = [*flags, "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
-    step = train.train_step
+    step, taken = train.train_step, []
 
     def signalled(*inputs):
-        values = step(*inputs)
-        signal.raise_signal(signal.SIGTERM)
-        return values
+        taken.append(step(*inputs))
+        if len(taken) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return taken[-1]
 
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", signalled)
-        assert ablate.main(["10", *flags]) == 128 + signal.SIGTERM
+    monkeypatch.setattr(train, "train_step", signalled)
+    assert ablate.main(["10", *flags]) == 128 + signal.SIGTERM
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["positions-seed0"]
     assert not (tmp_path / "runs/positions-seed0/result.json").exists()
     assert ablate.main(["10", *flags]) == 0
+    assert len(taken) == 4  # two for each variant: none is repeated
     for variant in ("positions", "dynamic"):
         paths = [
             path / f"{variant}-seed0/metrics.jsonl" for path in (tmp_path / "runs", folder / "runs")

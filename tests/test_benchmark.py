@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CPU, TINY, objects
 
+from config import PRESETS
 from experiments import benchmark, measure
 from experiments.peers import TrainedPeer, build_peer
 from support.devices import AMP_DTYPES
@@ -47,10 +48,13 @@ def test_operations_equal_the_formulas() -> None:
 def test_inference_measures_what_its_rows_say() -> None:
     rows = benchmark.Inference(**SMALL, batch_size=2, amp=("off", "bf16"), peers=()).run(CPU.device)
     found = {(row["model"], row["amp"], row["part"]): row for row in rows}
+    model, image = benchmark.random_model(PRESETS["shapes"]), torch.rand(3, 64, 96)
+    of_one_image = measure.count_flops(lambda: model([image])) / 1e9
     for amp in ("off", "bf16"):
         whole, backbone, head = (found["ours", amp, part] for part in ("all", "backbone", "head"))
         assert whole["images_per_second"] == pytest.approx(2000 / whole["median_ms"])
         assert whole["gflop"] == pytest.approx(backbone["gflop"] + head["gflop"])
+        assert whole["gflop"] == pytest.approx(of_one_image)
 
 
 @pytest.mark.parametrize("amp", AMP_DTYPES)
