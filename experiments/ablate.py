@@ -40,7 +40,7 @@ from support.cli import parse_args, run_main
 from support.devices import pick_device
 from support.distributed import World
 from support.errors import UserError
-from support.files import write_json
+from support.files import make_folder, write_json
 from support.report import git_revision
 
 # The shapes preset with six stages as in the paper, on the crowded level: on the demo level all
@@ -49,8 +49,8 @@ ABLATION = replace(PRESETS["shapes"], num_stages=6, data="shapes-crowded", epoch
 # To be watched: fewer stages, proposals and images.
 QUICK = replace(ABLATION, num_stages=3, num_proposals=12, shapes_train=1120, shapes_val=200)
 
-# Settings that do not change what is trained; num_classes comes from the data.
-IRRELEVANT = ("preset", "num_classes", "workers", "eval_every", "checkpoint_minutes", "compile")
+# Settings that do not change what is trained.
+IRRELEVANT = ("preset", "workers", "eval_every", "checkpoint_minutes", "compile")
 
 # Columns with other names or units in the paper than here.
 PAPER_HEADINGS = {"FPS": "FPS", "time": "training, h"}
@@ -146,9 +146,8 @@ def read_result(run: Run) -> dict[str, Any] | None:
     Raises:
         UserError: its folder holds a run with other settings.
     """
-    settings = run.folder / "config.json"
-    if settings.exists():
-        found = json.loads(settings.read_text(encoding="utf-8"))
+    if (run.folder / "last.pt").exists():
+        found = json.loads((run.folder / "asked.json").read_text(encoding="utf-8"))
         for name, value in json.loads(json.dumps(run.config.to_dict())).items():
             if name not in IRRELEVANT and found.get(name) != value:
                 raise UserError(
@@ -179,6 +178,9 @@ def train_variant(run: Run) -> int:
     Returns:
         The exit code of the training: 0, or 128 + the number of the signal that stopped it.
     """
+    make_folder(run.folder)
+    # config.json, of train.py, has settings that the data has decided, too.
+    write_json(run.folder / "asked.json", run.config.to_dict(), indent=2)
     last = run.folder / "last.pt"
     checkpoint = load_checkpoint(last) if last.exists() else None
     resume = None if checkpoint is None else str(last)
@@ -212,6 +214,7 @@ def measure(run: Run) -> dict[str, Any]:
         "time": sum(images_per_epoch / epoch["images_per_second"] for epoch in epochs) / 60,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": checkpoint["step"],
+        "batch_size": config.batch_size,
         "images": metrics["images"],
         "machine": machine(device) | {"revision": git_revision()},
     }
@@ -239,9 +242,7 @@ def summary(results: Sequence[dict[str, Any]]) -> Row:
 def table_rows(args: AblateArgs, number: str) -> list[Row]:
     """The rows of a table: the paper's figures as `paper_AP` …, ours as `AP` … if there are any."""
     rows = []
-    for table, label, name, figures in ROWS:
-        if table != number:
-            continue
+    for _, label, name, figures in [row for row in ROWS if row[0] == number]:
         variant = shared_name(name, args.config)
         runs = [run for run in runs_of(args, [number]) if run.variant == variant]
         results = [result for run in runs if (result := read_result(run)) is not None]
@@ -273,7 +274,7 @@ def markdown(args: AblateArgs, number: str, rows: Sequence[Row]) -> str:
     machines = [", ".join(f"{k} {v}" for k, v in r["machine"].items()) for r in results]
     return text + (
         f"\nData: {data}, evaluated on {first['images']} images. Each run: {first['steps']} steps "
-        f"with {config.batch_size} images. {' | '.join(dict.fromkeys(machines))}.\n"
+        f"with {first['batch_size']} images. {' | '.join(dict.fromkeys(machines))}.\n"
     )
 
 
