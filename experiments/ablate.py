@@ -8,7 +8,7 @@ repeat the command.
 In:  every setting of `train.py` (data, schedule, …) as a flag. The defaults are in `ABLATION`.
 Out: --output DIR: tableN.md and tableN.png, written again whenever a run is finished.
      --runs DIR: a folder per run, such as grid-shapes-seed0 (the variant, the checkpoint of
-     --start-from, the seed), with train.py's files and result.json.
+     --start-from, the seed), with train.py's files, asked.json (the settings) and result.json.
 
 The paper's figures are for COCO after 36 epochs on eight GPUs, ours for a small model on small
 images after minutes. Compare the order of the rows, not the figures. Table 10's rows of DETR are
