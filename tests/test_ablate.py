@@ -122,7 +122,6 @@ def test_proposal_boxes_start_where_the_tables_say():
     assert torch.equal(start["grid"], variants.grid_boxes(TINY.num_proposals))
     assert (start["centre"] == torch.tensor([0.5, 0.5, 0.1, 0.1])).all()
     assert (start["dynamic"] == torch.tensor([0.5, 0.5, 1.0, 1.0])).all()
-    assert torch.equal(start["positions"], start["dynamic"])
     assert len(start["random"].unique(dim=0)) == TINY.num_proposals
 
 
