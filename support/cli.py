@@ -125,7 +125,7 @@ def _problem(error: Exception) -> str | None:
             "(--micro-batch in training, which changes no result; --batch-size in evaluate.py), "
             "--amp bf16, a smaller --max-size, or fewer --workers"
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
         return (
             f"a process that loads images was killed ({first_line(error)}), often because the "
             "memory is full; give fewer --workers"

@@ -114,7 +114,10 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
     prefixes = re.compile(r"^(module\.|_orig_mod\.)+")
-    return {prefixes.sub("", str(key)): value for key, value in state_dict.items()}
+    plain = {prefixes.sub("", str(key)): value for key, value in state_dict.items()}
+    if len(plain) < len(state_dict):
+        raise UserError("convert: the checkpoint holds the same tensor under two names")
+    return plain
 
 
 def _is_ours(state_dict: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     # Always the same name: what a killed process leaves behind is overwritten by the next one.
-    temporary = path.with_name(f".{path.name[:200]}.tmp")
+    temporary = path.with_name(f".{path.name[:60]}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -42,6 +43,5 @@ def make_folder(path: str | Path) -> None:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with replacing(path / "probe") as temporary:
-        temporary.touch()
-    (path / "probe").unlink()
+    with tempfile.TemporaryFile(dir=path):
+        pass

@@ -12,10 +12,10 @@ from conftest import ROOT, TINY, reference_weights
 
 import support.convert
 import tools.convert
-from config import PRESETS, Config
+from config import Config
 from model import build_model, load_model
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.convert import COCO_CLASSES, convert_checkpoint, settings_from
+from support.convert import COCO_CLASSES, as_checkpoint, convert_checkpoint
 from support.errors import UserError
 from tools.convert import main
 
@@ -39,7 +39,7 @@ def test_both_vocabularies_give_the_same_names_and_the_papers_config(authors, mm
     assert set(ours) == set(convert_checkpoint({"meta": {}, "state_dict": mmdet}))
     parallel = {f"module.{key}": value for key, value in authors.items()}
     assert set(ours) == set(convert_checkpoint({"model": parallel}))
-    assert Config.from_dict(settings_from(ours)) == Config()
+    assert Config.from_dict(as_checkpoint(authors)["config"]) == Config()
 
 
 def test_depth_proposals_classes_and_stages_are_read_off_the_shapes(authors) -> None:
@@ -56,7 +56,7 @@ def test_depth_proposals_classes_and_stages_are_read_off_the_shapes(authors) -> 
         deep |= {
             k.replace("res4.5.", f"res4.{block}."): v for k, v in authors.items() if "res4.5." in k
         }
-    config = Config.from_dict(settings_from(convert_checkpoint(deep)))
+    config = Config.from_dict(as_checkpoint(deep)["config"])
     assert (config.preset, config.backbone, config.num_proposals) == ("r101-300", "resnet101", 300)
     assert (config.num_stages, config.num_classes, config.crop) == (4, 20, True)
 
@@ -68,7 +68,7 @@ def test_foreign_and_doubled_names_are_errors(authors) -> None:
     with pytest.raises(UserError, match="the same tensor under two names"):
         convert_checkpoint({**authors, f"module.{name}": authors[name]})
     with pytest.raises(UserError, match="no Sparse R-CNN"):
-        settings_from({})
+        as_checkpoint({})
 
 
 def test_coco_has_80_classes() -> None:
@@ -83,7 +83,7 @@ def test_weights_of_the_authors_and_of_mmdetection_are_loaded_as_they_are(
     for file, wrapper, weights in (("a.pth", "model", authors), ("m.pth", "state_dict", mmdet)):
         torch.save({wrapper: weights, "iteration": 269_999}, tmp_path / file)
         model, rest = load_model(tmp_path / file)
-        assert rest["config"] == PRESETS["r50-100"]
+        assert rest["config"] == Config(test_size=800)
         assert rest["class_names"] == list(COCO_CLASSES.values())
         (boxes,) = [value for key, value in weights.items() if "init_proposal_b" in key]
         assert torch.equal(model.proposal_boxes, boxes)
@@ -97,7 +97,7 @@ def test_the_command_line_writes_a_checkpoint(authors, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     assert "resnet50, 100 proposals, 6 stages, 80 classes (COCO)" in done.stdout
     model, rest = load_model(tmp_path / "out.pt")
-    assert rest["config"] == Config() and rest["category_ids"] == list(COCO_CLASSES)
+    assert rest["config"] == Config(test_size=800) and rest["category_ids"] == list(COCO_CLASSES)
     assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
 
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = config_of(checkpoint, args.source, PRESETS.get(args.preset))
     with torch.device("meta"):  # only shapes, to find out whether the tensors are all there
         model = build_model(config, pretrained_backbone=False)
-    model.load_state_dict(checkpoint["model"], assign=True)
+    model.load_state_dict(dict(checkpoint["model"]), assign=True)
 
     if args.half:
         for key, value in checkpoint["model"].items():
