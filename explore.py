@@ -202,27 +202,26 @@ def page(
     by_score = final.argsort(descending=True)  # (N,)
 
     block = bytearray()  # for all arrays
-    units_per_px = 8192 / float(whwh_px.max())  # of boxes: int16 reaches four times the image
-    runs = [pack(block, "as trained", trained, by_score[:100], units_per_px)]
+    box_unit_px = max(1 / 8, float(whwh_px.max()) / 8192)  # boxes may reach beyond the image
+    runs = [pack(block, "as trained", trained, by_score[:100], box_unit_px)]
     for name, what_if in WHAT_IFS.items():
         run = run_head(model, pyramid, whwh_px, what_if)
         best = torch.maximum(run.scores[-1].amax(-1), final)  # (N,)
         count = int((best >= OBJECT_SCORE).sum().clamp(8, 48))
         detailed = best.argsort(descending=True)[:count]
-        packed = pack(block, name, run, detailed, units_per_px)
+        packed = pack(block, name, run, detailed, box_unit_px)
         runs.append(packed | {"meaning": what_if.__doc__})
 
     removals = {}
     count = len(final) if len(final) <= REMOVED else 16
     for proposal in by_score[:count].tolist():
         run = run_head(model, pyramid, whwh_px, partial(without, proposal=proposal))
-        removals[proposal] = pack(block, f"without {proposal}", run, by_score[:0], units_per_px)
+        removals[proposal] = pack(block, f"without {proposal}", run, by_score[:0], box_unit_px)
 
     data = {
         "title": title,
         "width": image.shape[2],
         "height": image.shape[1],
-        "unitsPerPixel": units_per_px,
         "picture": data_uri(image if picture is None else picture),
         "classNames": list(class_names),
         "colours": [colour(label) for label in range(len(class_names))],
@@ -240,19 +239,17 @@ def page(
     return TEMPLATE.read_text(encoding="utf-8").replace('"DATA"', text)
 
 
-def add(block: bytearray, values: Tensor, dtype: str) -> dict[str, Any]:
-    """Appends rounded values to the block; returns where a typed array of JavaScript finds them."""
+def add(block: bytearray, values: Tensor, dtype: str, unit: float = 1) -> list[Any]:
+    """Appends values / unit, rounded, to the block; returns what JavaScript needs to find them."""
     limits = np.iinfo(dtype)
-    numbers = values.float().round().clip(limits.min, limits.max).cpu().numpy()
+    numbers = (values.float() / unit).round().clip(limits.min, limits.max).cpu().numpy()
     block += bytes(len(block) % 2)  # arrays of 16 bits start at even bytes
-    place = {"type": dtype, "start": len(block), "length": numbers.size}
+    start = len(block)
     block += numbers.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-    return place
+    return [dtype, start, numbers.shape, unit]
 
 
-def pack(
-    block: bytearray, name: str, run: Run, detailed: Tensor, units_per_px: float
-) -> dict[str, Any]:
+def pack(block: bytearray, name: str, run: Run, detailed: Tensor, box_unit_px: float) -> dict:
     """Appends a run to the block; attention and responses only of the proposals `detailed` (n,)."""
     scores, labels = run.scores.max(-1)  # (S, N) each: what a stage says
     classes = run.scores[-1].topk(min(CLASSES_SHOWN, run.scores.shape[2])).indices  # (N, 3)
@@ -266,15 +263,16 @@ def pack(
 
     return {
         "name": name,
-        "boxes": add(block, run.boxes * units_per_px, "int16"),
-        "scores": add(block, scores * 255, "uint8"),
+        "boxes": add(block, run.boxes, "int16", box_unit_px),
+        "scores": add(block, scores, "uint8", 1 / 255),
         "labels": add(block, labels, "uint16"),
         "classes": add(block, classes, "uint16"),
-        "classScores": add(block, class_scores * 255, "uint8"),
+        "classScores": add(block, class_scores, "uint8", 1 / 255),
         "detailed": detailed.tolist(),
-        "attention": add(block, run.attention[:, detailed] * 255, "uint8"),
+        "attention": add(block, run.attention[:, detailed], "uint8", 1 / 255),
         "outputs": add(block, outputs, "uint16"),
-        "responses": add(block, responses / run.responses.max() * 255, "uint8"),
+        # The eye needs no more than 32 levels, and they take half of the space of 256.
+        "responses": add(block, responses / run.responses.max(), "uint8", 1 / 31),
     }
 
 
