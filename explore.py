@@ -113,18 +113,14 @@ def run_head(
 # --- what if …: each changes a copy of the trained model ---
 
 
-def hide(model: SparseRCNN, hidden: Tensor) -> None:
-    """From now on, proposal i does not attend to proposal j where hidden (N, N) is True."""
-    for stage in model.head.stages:
-        stage.self_attn.register_forward_pre_hook(
-            lambda layer, args, kwargs: (args, {**kwargs, "attn_mask": hidden}), with_kwargs=True
-        )
-
-
 def no_self_attention(model: SparseRCNN) -> None:
-    """Every proposal attends to itself only, so none knows of the others."""
-    num_proposals = len(model.proposal_boxes)
-    hide(model, ~torch.eye(num_proposals, dtype=torch.bool, device=model.proposal_boxes.device))
+    """The self-attention is left out of all stages: no proposal knows of the others."""
+
+    def silence(layer: nn.Module, args: tuple[Tensor, ...], outputs: tuple[Any, Any]) -> Any:
+        return [values if values is None else torch.zeros_like(values) for values in outputs]
+
+    for stage in model.head.stages:
+        stage.self_attn.register_forward_hook(silence)  # x = LayerNorm(x + 0)
 
 
 def features_reset(model: SparseRCNN) -> None:
@@ -159,9 +155,13 @@ def one_feature(model: SparseRCNN) -> None:
 
 
 def without(model: SparseRCNN, proposal: int) -> None:
-    """For the other proposals it is as if this one did not exist. Ignore what it predicts itself."""
+    """Nobody attends to it, as if it did not exist. What it predicts itself is to be ignored."""
     indices = torch.arange(len(model.proposal_boxes), device=model.proposal_boxes.device)
-    hide(model, (indices == proposal).expand(len(indices), -1))
+    hidden = (indices == proposal).expand(len(indices), -1)  # (N, N), True: i does not look at j
+    for stage in model.head.stages:
+        stage.self_attn.register_forward_pre_hook(
+            lambda layer, args, kwargs: (args, {**kwargs, "attn_mask": hidden}), with_kwargs=True
+        )
 
 
 WHAT_IFS = {
