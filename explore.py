@@ -216,6 +216,7 @@ def page(
     count = len(final) if len(final) <= REMOVED else 16
     for proposal in by_score[:count].tolist():
         run = run_head(model, pyramid, whwh_px, partial(without, proposal=proposal))
+        run.scores[:, proposal] = 0
         removals[proposal] = pack(block, f"without {proposal}", run, by_score[:0], box_unit_px)
 
     data = {
