@@ -217,7 +217,9 @@ def page(
     for proposal in by_score[:count].tolist():
         run = run_head(model, pyramid, whwh_px, partial(without, proposal=proposal))
         run.scores[:, proposal] = 0
-        removals[proposal] = pack(block, f"without {proposal}", run, by_score[:0], box_unit_px)
+        rise = run.scores[-1].amax(-1) - final  # (N,); who rises most may take the object
+        detailed = rise.topk(1).indices if final[proposal] >= OBJECT_SCORE else by_score[:0]
+        removals[proposal] = pack(block, f"without {proposal}", run, detailed, box_unit_px)
 
     data = {
         "title": title,
