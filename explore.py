@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
@@ -51,12 +50,8 @@ from visualize import colour
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
-# How much goes into the page. Boxes and scores are there for all proposals in all runs.
-CLASSES_SHOWN = 3  # per proposal, the best ones at the end
-OUTPUTS_SHOWN = 8  # of D, the strongest in each region; if D is at most 16, all of them
-OBJECT_SCORE = 0.3  # what-ifs keep attention and responses of proposals that end with this
-REMOVED = 64  # if there are at most so many proposals, each is removed in turn; else the best 16
-PICTURE_PX = 1000  # longest side of the photograph in the page
+# Attention and responses of the what-ifs are in the page for proposals that end with this score.
+OBJECT_SCORE = 0.3
 
 
 # --- looking inside ---
@@ -93,8 +88,7 @@ def run_head(
     def keep_attention(stage: Stage, args: tuple[Tensor, Tensor, Tensor]) -> None:
         # Stages do not ask for the weights, which is faster. So the layer is asked once more.
         pro_feats = args[2]  # (1, N, C)
-        weights = stage.self_attn(pro_feats, pro_feats, pro_feats, need_weights=True)[1]
-        attention.append(weights[0])  # (N, N)
+        attention.append(stage.self_attn(pro_feats, pro_feats, pro_feats)[1][0])  # (N, N)
 
     def keep_responses(norm: nn.Module, args: tuple[Tensor], outputs: Tensor) -> None:
         responses.append(relu(outputs).mT)  # (N, D, R·R)
@@ -125,13 +119,8 @@ def no_self_attention(model: SparseRCNN) -> None:
 
 def features_reset(model: SparseRCNN) -> None:
     """Every stage gets the learned features: only boxes are handed on, not what was found."""
-
-    def reset(stage: Stage, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        roi_feats, boxes_px, _ = args
-        return roi_feats, boxes_px, model.proposal_feats[None]
-
-    for stage in model.head.stages:
-        stage.register_forward_pre_hook(reset)
+    for stage in model.head.stages:  # which takes roi_feats, boxes_px, pro_feats
+        stage.register_forward_pre_hook(lambda _, args: (*args[:2], model.proposal_feats[None]))
 
 
 def one_pair_of_kernels(model: SparseRCNN) -> None:
@@ -195,7 +184,7 @@ def page(
         picture: (3, h, w), what to draw below the boxes, if there is a larger one than `image`.
         title: names the image.
     """
-    batch, whwh_px = model.prepare([image])
+    batch, whwh_px = model.prepare([image.as_subclass(Tensor)])
     pyramid = model.backbone(batch)
     trained = run_head(model, pyramid, whwh_px)
     final = trained.scores[-1].amax(-1)  # (N,)
@@ -213,8 +202,8 @@ def page(
         runs.append(packed | {"meaning": what_if.__doc__})
 
     removals = {}
-    count = len(final) if len(final) <= REMOVED else 16
-    for proposal in by_score[:count].tolist():
+    # Each removal takes a run. Of many proposals only the best are removed.
+    for proposal in by_score[: 64 if len(final) <= 64 else 16].tolist():
         run = run_head(model, pyramid, whwh_px, partial(without, proposal=proposal))
         run.scores[:, proposal] = 0
         rise = run.scores[-1].amax(-1) - final  # (N,); who rises most may take the object
@@ -223,8 +212,7 @@ def page(
 
     data = {
         "title": title,
-        "width": image.shape[2],
-        "height": image.shape[1],
+        "size": [image.shape[2], image.shape[1]],
         "picture": data_uri(image if picture is None else picture),
         "classNames": list(class_names),
         "colours": [colour(label) for label in range(len(class_names))],
@@ -244,45 +232,47 @@ def page(
 
 def add(block: bytearray, values: Tensor, dtype: str, unit: float = 1) -> list[Any]:
     """Appends values / unit, rounded, to the block; returns what JavaScript needs to find them."""
-    limits = np.iinfo(dtype)
-    numbers = (values.float() / unit).round().clip(limits.min, limits.max).cpu().numpy()
     block += bytes(len(block) % 2)  # arrays of 16 bits start at even bytes
-    start = len(block)
-    block += numbers.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-    return [dtype, start, numbers.shape, unit]
+    numbers = (values / unit).round().cpu().numpy().astype(dtype)
+    place = [dtype, len(block), numbers.shape, unit]
+    block += numbers.tobytes()
+    return place
 
 
 def pack(block: bytearray, name: str, run: Run, detailed: Tensor, box_unit_px: float) -> dict:
     """Appends a run to the block; attention and responses only of the proposals `detailed` (n,)."""
     scores, labels = run.scores.max(-1)  # (S, N) each: what a stage says
-    classes = run.scores[-1].topk(min(CLASSES_SHOWN, run.scores.shape[2])).indices  # (N, 3)
+    classes = (
+        run.scores[-1].topk(min(3, run.scores.shape[2])).indices
+    )  # (N, 3), the best at the end
+    limit_px = 32767 * box_unit_px
     class_scores = run.scores.take_along_dim(classes[None], dim=2)  # (S, N, 3)
 
     responses = run.responses[:, detailed]  # (S, n, D, R·R)
     D = responses.shape[2]
-    strongest = responses.sum(-1).topk(D if D <= 16 else OUTPUTS_SHOWN).indices
+    strongest = responses.sum(-1).topk(D if D <= 16 else 8).indices  # of many outputs only the best
     outputs = strongest.sort().values  # (S, n, d)
     responses = responses.take_along_dim(outputs[..., None], dim=2)  # (S, n, d, R·R)
 
     return {
         "name": name,
-        "boxes": add(block, run.boxes, "int16", box_unit_px),
-        "scores": add(block, scores, "uint8", 1 / 255),
-        "labels": add(block, labels, "uint16"),
-        "classes": add(block, classes, "uint16"),
-        "classScores": add(block, class_scores, "uint8", 1 / 255),
+        "boxes": add(block, run.boxes.clip(-limit_px, limit_px), "<i2", box_unit_px),
+        "scores": add(block, scores, "<u1", 1 / 255),
+        "labels": add(block, labels, "<u2"),
+        "classes": add(block, classes, "<u2"),
+        "classScores": add(block, class_scores, "<u1", 1 / 255),
         "detailed": detailed.tolist(),
-        "attention": add(block, run.attention[:, detailed], "uint8", 1 / 255),
-        "outputs": add(block, outputs, "uint16"),
+        "attention": add(block, run.attention[:, detailed], "<u1", 1 / 255),
+        "outputs": add(block, outputs, "<u2"),
         # The eye needs no more than 32 levels, and they take half of the space of 256.
-        "responses": add(block, responses / run.responses.max(), "uint8", 1 / 31),
+        "responses": add(block, responses / run.responses.max(), "<u1", 1 / 31),
     }
 
 
 def data_uri(picture: Tensor) -> str:
     """An image (3, h, w) as the address of a picture that is in the page itself."""
     photo = Image.fromarray(to_image(picture).permute(1, 2, 0).cpu().numpy())
-    photo.thumbnail((PICTURE_PX, PICTURE_PX))
+    photo.thumbnail((1000, 1000))  # pixels at most; a smaller one stays as it is
     photo.save(file := io.BytesIO(), "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -304,14 +294,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: a mistake that the user can fix.
     """
-    description = "Writes a page on which every proposal, stage and kernel can be looked at."
-    args = parse_args(argv, ExploreArgs, "explore.py", description)
+    args = parse_args(argv, ExploreArgs, "explore.py", __doc__.partition("\n")[0])
     output = args.output or Path("runs/explore") / f"{args.image.stem}.html"
     if args.weights.suffix.lower() == ".onnx":
-        raise UserError(
-            f"{args.weights}: an ONNX file does not show what happens inside its stages; give the "
-            "checkpoint that it was exported from"
-        )
+        raise UserError(f"{args.weights}: ONNX files hide what stages do; give the checkpoint")
     if output.resolve() == TEMPLATE:
         raise UserError(f"--output {output}: is the template of the page; give another name")
     make_folder(output.parent)
@@ -324,15 +310,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.annotations is None:
         image, target = transforms(tv_tensors.Image(picture)), None
     else:
-        # Objects of classes that the model does not know cannot be found, and are not shown.
-        dataset = CocoDataset(
-            args.annotations, args.image.parent, transforms, class_names, True, True
-        )
+        # True, True: the classes need not be the model's; objects of others are not shown.
+        folder = args.image.parent
+        dataset = CocoDataset(args.annotations, folder, transforms, class_names, True, True)
         if args.image.name not in dataset.file_names:
             raise UserError(f"{args.annotations}: does not list {args.image.name}")
         image, target = dataset[list(dataset.file_names).index(args.image.name)]
 
-    image = image.as_subclass(Tensor)
     text = page(model, image, class_names, target, picture, title=args.image.name)
     with replacing(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
