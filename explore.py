@@ -242,16 +242,14 @@ def add(block: bytearray, values: Tensor, dtype: str, unit: float = 1) -> list[A
 def pack(block: bytearray, name: str, run: Run, detailed: Tensor, box_unit_px: float) -> dict:
     """Appends a run to the block; attention and responses only of the proposals `detailed` (n,)."""
     scores, labels = run.scores.max(-1)  # (S, N) each: what a stage says
-    classes = (
-        run.scores[-1].topk(min(3, run.scores.shape[2])).indices
-    )  # (N, 3), the best at the end
+    classes = run.scores[-1].topk(min(3, run.scores.shape[2])).indices  # (N, 3), where it ends
     limit_px = 32767 * box_unit_px
     class_scores = run.scores.take_along_dim(classes[None], dim=2)  # (S, N, 3)
 
     responses = run.responses[:, detailed]  # (S, n, D, R·R)
     D = responses.shape[2]
-    strongest = responses.sum(-1).topk(D if D <= 16 else 8).indices  # of many outputs only the best
-    outputs = strongest.sort().values  # (S, n, d)
+    strongest = responses.sum(-1).topk(D if D <= 16 else 8).indices
+    outputs = strongest.sort().values  # (S, n, d); d = 8 of many outputs
     responses = responses.take_along_dim(outputs[..., None], dim=2)  # (S, n, d, R·R)
 
     return {
