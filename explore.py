@@ -191,15 +191,15 @@ def page(
     by_score = final.argsort(descending=True)  # (N,)
 
     block = bytearray()  # for all arrays
-    box_unit_px = max(1 / 8, float(whwh_px.max()) / 8192)  # boxes may reach beyond the image
-    runs = [pack(block, "as trained", trained, by_score[:100], box_unit_px)]
+    unit_px = max(1 / 8, float(whwh_px.max()) / 8192)  # boxes may reach beyond the image
+    runs = [{"name": "as trained"} | pack(block, trained, by_score[:100], unit_px)]
     for name, what_if in WHAT_IFS.items():
         run = run_head(model, pyramid, whwh_px, what_if)
         best = torch.maximum(run.scores[-1].amax(-1), final)  # (N,)
         count = int((best >= OBJECT_SCORE).sum().clamp(8, 48))
         detailed = best.argsort(descending=True)[:count]
-        packed = pack(block, name, run, detailed, box_unit_px)
-        runs.append(packed | {"meaning": what_if.__doc__})
+        packed = pack(block, run, detailed, unit_px)
+        runs.append({"name": name, "meaning": what_if.__doc__} | packed)
 
     removals = {}
     # Each removal takes a run. Of many proposals only the best are removed.
@@ -208,7 +208,7 @@ def page(
         run.scores[:, proposal] = 0
         rise = run.scores[-1].amax(-1) - final  # (N,); who rises most may take the object
         detailed = rise.topk(1).indices if final[proposal] >= OBJECT_SCORE else by_score[:0]
-        removals[proposal] = pack(block, f"without {proposal}", run, detailed, box_unit_px)
+        removals[proposal] = pack(block, run, detailed, unit_px)
 
     data = {
         "title": title,
@@ -239,11 +239,11 @@ def add(block: bytearray, values: Tensor, dtype: str, unit: float = 1) -> list[A
     return place
 
 
-def pack(block: bytearray, name: str, run: Run, detailed: Tensor, box_unit_px: float) -> dict:
+def pack(block: bytearray, run: Run, detailed: Tensor, unit_px: float) -> dict[str, Any]:
     """Appends a run to the block; attention and responses only of the proposals `detailed` (n,)."""
     scores, labels = run.scores.max(-1)  # (S, N) each: what a stage says
     classes = run.scores[-1].topk(min(3, run.scores.shape[2])).indices  # (N, 3), where it ends
-    limit_px = 32767 * box_unit_px
+    limit_px = 32767 * unit_px
     class_scores = run.scores.take_along_dim(classes[None], dim=2)  # (S, N, 3)
 
     responses = run.responses[:, detailed]  # (S, n, D, R·R)
@@ -253,8 +253,7 @@ def pack(block: bytearray, name: str, run: Run, detailed: Tensor, box_unit_px: f
     responses = responses.take_along_dim(outputs[..., None], dim=2)  # (S, n, d, R·R)
 
     return {
-        "name": name,
-        "boxes": add(block, run.boxes.clip(-limit_px, limit_px), "<i2", box_unit_px),
+        "boxes": add(block, run.boxes.clip(-limit_px, limit_px), "<i2", unit_px),
         "scores": add(block, scores, "<u1", 1 / 255),
         "labels": add(block, labels, "<u2"),
         "classes": add(block, classes, "<u2"),
