@@ -146,7 +146,8 @@ def one_feature(model: SparseRCNN) -> None:
 def without(model: SparseRCNN, proposal: int) -> None:
     """Nobody attends to it, as if it did not exist. What it predicts itself is to be ignored."""
     indices = torch.arange(len(model.proposal_boxes), device=model.proposal_boxes.device)
-    hidden = (indices == proposal).expand(len(indices), -1)  # (N, N), True: i does not look at j
+    # (N, N), True: i does not look at j. The proposal looks at itself, because somebody it must.
+    hidden = (indices == proposal) & (indices[:, None] != proposal)
     for stage in model.head.stages:
         stage.self_attn.register_forward_pre_hook(
             lambda layer, args, kwargs: (args, {**kwargs, "attn_mask": hidden}), with_kwargs=True
@@ -254,10 +255,10 @@ def pack(block: bytearray, run: Run, detailed: Tensor, unit_px: float) -> dict[s
 
     return {
         "boxes": add(block, run.boxes.clip(-limit_px, limit_px), "<i2", unit_px),
-        "scores": add(block, scores, "<u1", 1 / 255),
+        "scores": add(block, scores, "<u2", 1 / 1000),
         "labels": add(block, labels, "<u2"),
         "classes": add(block, classes, "<u2"),
-        "classScores": add(block, class_scores, "<u1", 1 / 255),
+        "classScores": add(block, class_scores, "<u2", 1 / 1000),
         "detailed": detailed.tolist(),
         "attention": add(block, run.attention[:, detailed], "<u1", 1 / 255),
         "outputs": add(block, outputs, "<u2"),
