@@ -180,7 +180,7 @@ def test_stages_threshold_what_ifs_and_removal(visit: Any, blood: SimpleNamespac
         button.click()
         close(drawn(page, n), seen.boxes[6, n], atol=0.2)
         assert f"{seen.scores[5, n].max():.2f}" in page.inner_text("#scores")
-        for threshold in (0.2, 0.4):
+        for threshold in (0.25, 0.4):
             page.fill("#threshold", str(threshold))
             count = int((seen.scores[5].amax(-1) >= threshold).sum())
             assert f"\n{count} boxes" in button.inner_text()
