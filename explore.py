@@ -81,7 +81,7 @@ def run_head(
         whwh_px: (1, 4), the image's w, h, w, h.
         change: an intervention, such as one of `WHAT_IFS`.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model, {id(model.backbone): model.backbone})  # without the large part
     change(model)
     attention, responses = [], []
 

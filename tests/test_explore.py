@@ -179,7 +179,8 @@ def test_stages_threshold_what_ifs_and_removal(visit: Any, blood: SimpleNamespac
     for button, seen in zip(page.locator("#runs button").all(), blood.runs, strict=True):
         button.click()
         close(drawn(page, n), seen.boxes[6, n], atol=0.2)
-        assert f"{seen.scores[5, n].max():.2f}" in page.inner_text("#scores")
+        shown = float(page.inner_text("#scores").split()[1])
+        assert shown == pytest.approx(seen.scores[5, n].max().item(), abs=0.006)
         for threshold in (0.25, 0.4):
             page.fill("#threshold", str(threshold))
             count = int((seen.scores[5].amax(-1) >= threshold).sum())
@@ -188,9 +189,8 @@ def test_stages_threshold_what_ifs_and_removal(visit: Any, blood: SimpleNamespac
     page.click("#remove")
     heir = page.evaluate("explore.state.pinned")
     seen = blood.run(partial(explore.without, proposal=n))
-    before, after = trained.scores[5, heir].max(), seen.scores[5, heir].max()
-    assert heir != n and before < 0.4 < after
-    assert f"is {after:.2f}; with {n} it was {before:.2f}" in page.inner_text("#guide")
+    assert trained.scores[5, heir].max() < 0.4 < seen.scores[5, heir].max()
+    assert f"{heir} takes its object" in page.inner_text("#guide")
     close(drawn(page, heir), seen.boxes[6, heir], atol=0.2)
     page.click("#remove")
     assert page.input_value("#pick") == str(n)
