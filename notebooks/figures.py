@@ -102,7 +102,13 @@ def draw_bars(panels: Panels, xlabel: str, xlim: float, form: str = "{:.1f}") ->
     return figure
 
 
-def plot_matrix(axes: Axes, matrix: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
+def plot_matrix(
+    axes: Axes,
+    matrix: Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    form: str = "{:.1f}",
+) -> None:
     """Draws a matrix as colours from dark (low) to light, with its numbers."""
     # Colours stop at the 90th percentile: a few large values would hide the others.
     low, high = float(matrix.min()), float(matrix.flatten().quantile(0.9))
@@ -113,7 +119,7 @@ def plot_matrix(axes: Axes, matrix: Tensor, rows: Sequence[str], columns: Sequen
         for j in range(len(columns)):
             value = float(matrix[i, j])
             ink = "black" if value > (low + high) / 2 else "white"
-            text = f"{value:.1f}".replace("-", "−")
+            text = form.format(value).replace("-", "−")
             axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=ink)
 
 

@@ -55,7 +55,7 @@ def draw_labels(
 
 def draw_pair(image: Tensor, pair_px: Tensor, label: int, titles: tuple[str, str]) -> Figure:
     """Draws two neighbours (2, 4), without and with their boxes."""
-    figure, [row] = new_figure(1, 2, (3.2, 2.6))
+    figure, [row] = new_figure(1, 2, (2.3, 2.8))
     low, high = pair_px[:, :2].amin(0), pair_px[:, 2:].amax(0)
     (x1, y1), (x2, y2) = (low - 12).tolist(), (high + 12).tolist()
     for axes, title in zip(row, titles, strict=True):
