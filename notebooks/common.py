@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 
 from data import validation_set
 from evaluate import coco_metrics
-from support.checkpoint import load_model
+from model import load_model
 
 torch.set_num_threads(1)  # in models as small as these, more threads wait for one another
 
