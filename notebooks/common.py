@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_convert, box_iou
+from torchvision.ops import batched_nms, box_iou
 
 from data import validation_set
-from evaluate import coco_metrics
+from evaluate import coco_metrics, coco_results
 from model import load_model
 
 torch.set_num_threads(1)  # in models as small as these, more threads wait for one another
@@ -71,14 +71,8 @@ class Trained:
         """COCO's AP of such detections, in points of 100."""
         records = []
         for each, image, target in zip(found, self.images, self.raw, strict=True):
-            height, width = target["size_hw"]  # of the file, in whose pixels COCO counts
-            scale = torch.tensor([width / image.shape[2], height / image.shape[1]] * 2)
-            boxes = box_convert(each["boxes"] * scale, "xyxy", "xywh").tolist()
-            for box, score, label in zip(
-                boxes, each["scores"].tolist(), each["labels"].tolist(), strict=True
-            ):
-                record = {"image_id": target["image_id"], "bbox": box, "score": score}
-                records.append(record | {"category_id": self.dataset.category_ids[label]})
+            size_hw = image.shape[-2:]
+            records += coco_results(each, target, size_hw, self.dataset.category_ids)
         return 100 * max(0.0, coco_metrics(self.dataset.coco(), records)["AP"])
 
 

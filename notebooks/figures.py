@@ -43,7 +43,7 @@ def draw_lines(
     xlabel: str,
     ylabel: str,
     xticks: Sequence[str] | None = None,
-    ylim: tuple[float | None, float | None] = (None, None),
+    ylim: tuple[float, float] | None = None,
     styles: Mapping[str, Mapping[str, Any]] | None = None,
     margin: float = 0.35,
 ) -> Figure:
@@ -52,7 +52,7 @@ def draw_lines(
     Args:
         panels: title of a panel -> name of a line -> y values; NaN where there is none.
         xticks: the names of the x values, if they are not numbers.
-        ylim: limits of y; None: where the lines end.
+        ylim: limits of y; by default where the lines end.
         styles: name of a line -> what is special about it, in matplotlib's words.
         margin: room for the names, as a share of the width of the lines.
     """
@@ -60,31 +60,42 @@ def draw_lines(
         1, len(panels), (max(4.4, 6.2 - 1.2 * len(panels)), 2.8), sharey=True
     )
     for axes, (title, lines) in zip(row, panels.items(), strict=True):
-        axes.set(xlabel=xlabel, ylim=ylim)
-        axes.set_xticks(x, xticks or [f"{value:g}" for value in x], fontsize=8)
-        ends = []
         for i, (name, values) in enumerate(lines.items()):
             style = {"color": INKS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
-            style |= (styles or {}).get(name, {})
-            axes.plot(x, values, markersize=4, **style)
-            ends.append((float(values[-1]), name, style["color"]))
+            axes.plot(x, values, markersize=4, **style | (styles or {}).get(name, {}))
+        axes.set_xticks(x, xticks or [f"{value:g}" for value in x], fontsize=8)
         axes.set_xlim(right=x[-1] + margin * (x[-1] - x[0]))
+        axes.set_xlabel(xlabel)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        _name_lines(axes, x[-1], ends)
         takeaway(axes, title)
     row[0].set_ylabel(ylabel)
+    if ylim:
+        row[0].set_ylim(*ylim)
+    for axes, lines in zip(row, panels.values(), strict=True):
+        _name_lines(axes, list(lines))
     return figure
 
 
-def _name_lines(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+def _name_lines(axes: Axes, names: Sequence[str]) -> None:
     """Writes names at the ends of lines, from the lowest up, one line of text apart."""
     low, high = axes.get_ylim()
     floor = -math.inf
-    for y, name, ink in sorted(ends):
-        floor = max(y, floor + 0.075 * (high - low))
-        place = {"xytext": (6, 0), "textcoords": "offset points", "annotation_clip": False}
-        axes.annotate(name, (x, floor), va="center", color=ink, fontsize=8, **place)
+    ends = [
+        (line.get_ydata()[-1], line, name) for line, name in zip(axes.lines, names, strict=True)
+    ]
+    for y, line, name in sorted(ends, key=lambda end: end[0]):
+        floor = max(float(y), floor + 0.075 * (high - low))
+        axes.annotate(
+            name,
+            (line.get_xdata()[-1], floor),
+            xytext=(6, 0),
+            textcoords="offset points",
+            annotation_clip=False,
+            va="center",
+            fontsize=8,
+            color=line.get_color(),
+        )
 
 
 def draw_bars(panels: Panels, xlabel: str, xlim: float, form: str = "{:.1f}") -> Figure:
