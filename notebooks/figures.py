@@ -63,7 +63,8 @@ def draw_lines(
         for i, (name, values) in enumerate(lines.items()):
             style = {"color": INKS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
             axes.plot(x, values, markersize=4, **style | (styles or {}).get(name, {}))
-        axes.set_xticks(x, xticks or [f"{value:g}" for value in x], fontsize=8)
+        if xticks or len(x) <= 12:
+            axes.set_xticks(x, xticks or [f"{value:g}" for value in x], fontsize=8)
         axes.set_xlim(right=x[-1] + margin * (x[-1] - x[0]))
         axes.set_xlabel(xlabel)
         axes.grid(alpha=0.3)
