@@ -35,9 +35,7 @@ def test_1_nms_is_needed_by_the_dense_detector_only() -> None:
         dense, sparse = (
             numbers("01", rf"{data}, \d+ images +{kind} +") for kind in ("dense", "Sparse R-CNN")
         )
-        assert len(dense) == len(sparse) == 5  # four thresholds of NMS, then without
         assert dense[-1] < max(dense) - 10 and sparse[-1] >= max(sparse[:-1])
-    assert numbers("01", "all anchors")[0] == 100 and numbers("01", "the learned boxes")[0] == 0
 
 
 def test_2_boxes_settle_and_small_moves_matter_more_than_late_scores() -> None:
@@ -57,7 +55,7 @@ def test_2_rivals_give_up_when_they_see_the_winner() -> None:
     names = ("as trained", "winner hidden from its rivals", "another hidden from them", "everybody")
     trained, hidden, control, everybody = (numbers("02", name) for name in names)
     assert hidden[2] > 0.5 > 0.05 > max(trained[2], control[2])
-    assert everybody[3] > hidden[3] > trained[3] and everybody[1] < trained[1]
+    assert everybody[3] > hidden[3] > trained[3]
 
 
 def test_3_neither_kernels_nor_features_are_enough() -> None:
@@ -73,10 +71,8 @@ def test_3_neither_kernels_nor_features_are_enough() -> None:
 
 def test_3_kernels_say_who_found_something_and_then_what() -> None:
     same, other = (numbers("03", f"other proposal, {kind} class") for kind in ("same", "other"))
-    assert abs(same[0]) < 0.05 and abs(other[0]) < 0.05
     assert same[1] == pytest.approx(other[1], abs=0.05) and same[1] > 0.5
     assert same[-1] > other[-1] + 0.1
-    assert numbers("03", "same proposal, same class")[-1] == pytest.approx(same[-1], abs=0.05)
 
 
 def test_4_one_to_many_makes_duplicates_that_nms_has_to_remove() -> None:

@@ -29,7 +29,6 @@ def test_a_notebook_is_committed_with_sound_outputs(number: str) -> None:
     [path] = FOLDER.glob(f"{number}_*.ipynb")
     assert path.stat().st_size <= 1.5e6
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
-    nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
