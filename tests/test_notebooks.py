@@ -51,12 +51,11 @@ def test_a_notebook_is_committed_with_sound_outputs(number: str) -> None:
 def toy() -> Iterator[Any]:
     """`matching.html`, opened from disk; the test fails on any error of the page."""
     playwright = pytest.importorskip("playwright.sync_api")
-    browser_path = shutil.which("chromium")
-    if browser_path is None:
+    if not (chromium := shutil.which("chromium")):
         pytest.skip("there is no Chromium")
     errors = []
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         page.context.set_offline(True)
         page.on("pageerror", lambda error: errors.append(error))
@@ -77,7 +76,7 @@ def test_the_toy_assigns_as_scipy_does(toy: Any) -> None:
 def test_the_toy_shows_the_cost_of_the_matcher_for_the_boxes_that_were_dragged(toy: Any) -> None:
     assert "Greedy takes" in toy.inner_text("#verdict")
     box = toy.locator('[aria-label="proposal 0"]').bounding_box()
-    x, y = box["x"] + box["width"] - 8, box["y"] + box["height"] / 2
+    x, y = box["x"] + box["width"] - 8, box["y"] + 30
     toy.mouse.move(x, y)
     toy.mouse.down()
     toy.mouse.move(x + 70, y + 20, steps=4)
