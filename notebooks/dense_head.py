@@ -22,6 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from head import apply_deltas
+from notebooks.common import Trained
 
 STRIDES = (4, 8, 16, 32)  # image pixels per cell, level by level
 SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # of the anchors: three sizes per octave
@@ -46,16 +47,15 @@ def make_anchors(height: int, width: int) -> list[Tensor]:
     return list(anchors_px.split([K_ANCHORS * level.numel() for level in levels]))
 
 
-def label_anchors(
-    anchors_px: Tensor, objects_px: Tensor, positive: float = 0.5, negative: float = 0.4
-) -> Tensor:
+def label_anchors(anchors_px: Tensor, objects_px: Tensor) -> Tensor:
     """RetinaNet's labels: every anchor that fits an object well enough is taught to say so.
+
+    From an IoU of 0.5 on, an anchor gets the object that it overlaps most. Below 0.4 it is
+    background. In between it does not count in the loss.
 
     Args:
         anchors_px: (A, 4).
         objects_px: (M, 4).
-        positive: from this IoU on, an anchor gets the object that it overlaps most.
-        negative: below this IoU it is background; in between it does not count in the loss.
 
     Returns:
         (A,) int64: the index of the object, −1 for background, −2 for an anchor that does not
@@ -65,7 +65,7 @@ def label_anchors(
         return torch.full((len(anchors_px),), -1)
     iou = box_iou(anchors_px, objects_px)  # (A, M)
     best, obj = iou.max(1)
-    labels = torch.where(best >= positive, obj, torch.where(best < negative, -1, -2))
+    labels = torch.where(best >= 0.5, obj, torch.where(best < 0.4, -1, -2))
     # torchvision's allow_low_quality_matches; the RetinaNet paper does not have it.
     labels[iou.argmax(0)] = torch.arange(len(objects_px))
     return labels
@@ -133,102 +133,82 @@ def dense_loss(
     return (focal + giou) / max(1, len(obj))
 
 
-def train_dense(
-    pyramid: Sequence[Tensor],
-    targets: Sequence[Boxes],
-    num_classes: int,
-    steps: int,
-    batch_size: int,
-    lr: float = 0.005,
-) -> DenseHead:
-    """Trains a new head on frozen features.
-
-    Args:
-        pyramid: of all training images, each level (images, C, h, w).
-        targets: of the same images.
-
-    Returns:
-        The head in eval mode.
-    """
+@torch.enable_grad()
+def train_dense(world: Trained, images: slice, steps: int, batch_size: int) -> DenseHead:
+    """Trains a new head on the frozen features of some images."""
+    pyramid, targets = [level[images] for level in world.pyramid], world.targets[images]
     height, width = (STRIDES[0] * side for side in pyramid[0].shape[-2:])
     anchors_px = torch.cat(make_anchors(height, width))
     labels = torch.stack([label_anchors(anchors_px, target["boxes"]) for target in targets])
-    dense = DenseHead(pyramid[0].shape[1], num_classes)
-    optimizer = torch.optim.AdamW(dense.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
-    with torch.enable_grad():
-        for _ in range(steps):
-            rows = torch.randperm(len(targets))[:batch_size]
-            logits, deltas = dense([level[rows] for level in pyramid])
-            chosen = [targets[row] for row in rows.tolist()]
-            loss = dense_loss(logits, deltas, anchors_px, labels[rows], chosen)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return dense.eval()
+    dense = DenseHead(pyramid[0].shape[1], len(world.class_names))
+    optimizer = torch.optim.AdamW(dense.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, total_steps=steps)
+    for _ in range(steps):
+        batch = torch.randperm(len(targets))[:batch_size]
+        logits, deltas = dense([level[batch] for level in pyramid])
+        chosen = [targets[i] for i in batch.tolist()]
+        loss = dense_loss(logits, deltas, anchors_px, labels[batch], chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return dense
 
 
-@torch.no_grad()
-def dense_detections(
-    dense: DenseHead,
-    pyramid: Sequence[Tensor],
-    size_px: Tensor,
-    best: int = 500,
-    min_score: float = 0.05,
-) -> Boxes:
-    """What the head finds in one image, **before** NMS: the `best` of all A·K scores.
+class DenseDetector:
+    """Two dense heads: each is trained on one half of the images and tested on the other.
 
     Args:
-        pyramid: levels (C, h, w).
-        size_px: (4,), the w, h, w, h of the image.
-        min_score: worse ones are left out, as in RetinaNet.
-
-    Returns:
-        `boxes`, `scores` and `labels`, in falling order of the scores.
+        world: the images, their targets and their frozen features.
+        steps, batch_size: of the training.
     """
-    boxes_px, scores = _decode(dense, pyramid, size_px)
-    scores, index = scores.flatten().sort(descending=True)  # (A·K,)
-    index = index[:best][scores[:best] >= min_score]
-    anchor, labels = index // dense.num_classes, index % dense.num_classes
-    return {"boxes": boxes_px[anchor], "scores": scores[: len(index)], "labels": labels}
 
+    def __init__(self, world: Trained, steps: int, batch_size: int):
+        self.world = world
+        halves = (slice(1, None, 2), slice(0, None, 2))
+        self.heads = [train_dense(world, half, steps, batch_size) for half in halves]
 
-@torch.no_grad()
-def propose(
-    dense: DenseHead, pyramid: Sequence[Tensor], size_px: Tensor, best: int = 1000
-) -> tuple[Tensor, list[int]]:
-    """Uses the head as Faster R-CNN uses its region proposal network.
+    @torch.no_grad()
+    def detections(self, i: int) -> Boxes:
+        """What is found in image i, **before** NMS: the 500 best scores, from 0.05 on.
 
-    Of each level the `best` boxes, whatever their class; then NMS at an IoU of 0.7, level by level;
-    then the `best` of what is left. These are torchvision's numbers.
+        Returns:
+            `boxes`, `scores` and `labels`, in falling order of the scores.
+        """
+        boxes_px, scores = self._decode(i)
+        num_classes = scores.shape[1]
+        scores, index = scores.flatten().topk(500)  # of A·K
+        index, scores = index[scores >= 0.05], scores[scores >= 0.05]
+        return {
+            "boxes": boxes_px[index // num_classes],
+            "scores": scores,
+            "labels": index % num_classes,
+        }
 
-    Args:
-        dense, pyramid, size_px: as for `dense_detections`.
+    @torch.no_grad()
+    def proposals(self, i: int) -> Tensor:
+        """Uses the head as Faster R-CNN uses its region proposal network on image i: (n, 4).
 
-    Returns:
-        The proposals (n, 4), and how many candidates there were: anchors, best of each level, left
-        by NMS, n.
-    """
-    boxes_px, scores = _decode(dense, pyramid, size_px)
-    scores = scores.amax(-1)  # (A,)
-    level = torch.cat(
-        [torch.full((K_ANCHORS * maps[0].numel(),), i) for i, maps in enumerate(pyramid)]
-    )
-    chosen = torch.cat(
-        [
-            rows[scores[rows].argsort(descending=True)[:best]]
-            for rows in (torch.nonzero(level == i).squeeze(1) for i in range(len(pyramid)))
-        ]
-    )
-    kept = chosen[batched_nms(boxes_px[chosen], scores[chosen], level[chosen], 0.7)]
-    counts = [len(scores), len(chosen), len(kept), min(best, len(kept))]
-    return boxes_px[kept[:best]], counts
+        Of each level the 1,000 best boxes, whatever their class; then NMS at an IoU of 0.7, level
+        by level; then the 1,000 best of what is left. These are torchvision's numbers.
+        """
+        boxes_px, scores = self._decode(i)
+        scores = scores.amax(1)  # (A,)
+        rows, levels, first = [], [], 0
+        for level, maps in enumerate(self.world.pyramid):
+            count = K_ANCHORS * maps[i, 0].numel()
+            best = scores[first : first + count].topk(min(1000, count)).indices
+            rows.append(first + best)
+            levels.append(torch.full_like(best, level))
+            first += count
+        rows = torch.cat(rows)
+        kept = batched_nms(boxes_px[rows], scores[rows], torch.cat(levels), 0.7)
+        return boxes_px[rows[kept]][:1000]
 
-
-def _decode(dense: DenseHead, pyramid: Sequence[Tensor], size_px: Tensor) -> tuple[Tensor, Tensor]:
-    """All boxes of an image (A, 4), clipped to it, and their scores (A, K)."""
-    logits, deltas = dense([level[None] for level in pyramid])
-    height, width = (STRIDES[0] * side for side in pyramid[0].shape[-2:])
-    boxes_px = apply_deltas(deltas[0], torch.cat(make_anchors(height, width)))
-    return boxes_px.clamp(min=0).minimum(size_px), logits[0].sigmoid()
+    def _decode(self, i: int) -> tuple[Tensor, Tensor]:
+        """All boxes of image i (A, 4), clipped to it, and their scores (A, K)."""
+        pyramid = [level[i : i + 1] for level in self.world.pyramid]
+        logits, deltas = self.heads[i % 2](pyramid)
+        height, width = (STRIDES[0] * side for side in pyramid[0].shape[-2:])
+        boxes_px = apply_deltas(deltas[0], torch.cat(make_anchors(height, width)))
+        return boxes_px.clamp(min=0).minimum(self.world.whwh_px[i]), logits[0].sigmoid()
