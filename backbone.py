@@ -69,9 +69,6 @@ class ResNetFPN(nn.Module):
         width = resnet.inplanes  # channels of layer4; each stage doubles them
         self.fpn = FeaturePyramidNetwork([width // 8, width // 4, width // 2, width], out_channels)
 
-        # Convolutions are faster with the channels last in memory, most of all in bfloat16.
-        self.to(memory_format=torch.channels_last)
-
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> [p2, p3, p4, p5], each (B, C, H/stride, W/stride)."""
         levels = self.fpn(self.body(images))
@@ -97,7 +94,6 @@ class SmallFPN(nn.Module):
             for inner, outer in pairwise(widths)
         )
         self.fpn = FeaturePyramidNetwork(list(widths[1:]), out_channels)
-        self.to(memory_format=torch.channels_last)  # faster, as in ResNetFPN
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> [p2, p3, p4, p5], each (B, C, H/stride, W/stride)."""

@@ -289,15 +289,15 @@ class RoIPooler(nn.Module):
     def levels(self, boxes_px: Tensor) -> Tensor:
         """boxes_px (…, 4) xyxy -> index into the pyramid (…) int64: 0 for p2, 3 for p5."""
         sizes_px = boxes_px[..., 2:] - boxes_px[..., :2]  # (…, 2)
-        scale = sizes_px.prod(-1).sqrt() / self.canonical_box_px
+        # A learned box may have a negative width or height, and then no area.
+        scale = sizes_px.clamp(min=0).prod(-1).sqrt() / self.canonical_box_px
 
         # FPN, equation 1:  k = ⌊k₀ + log₂(√(w·h) / 224)⌋  with k₀ = 4, because pₖ has stride 2ᵏ and
         # the ImageNet classifier saw 224 pixels at stride 16. 1e-8 is for boxes without area.
         k = torch.floor(4 + torch.log2(scale + 1e-8))
         finest = int(math.log2(self.strides[0]))
         coarsest = int(math.log2(self.strides[-1]))
-        # NaN is the root of a box with a negative width or height.
-        return k.nan_to_num(finest).clamp(finest, coarsest).long() - finest
+        return k.clamp(finest, coarsest).long() - finest
 
     def forward(self, pyramid: Sequence[Tensor], boxes_px: Tensor) -> Tensor:
         """pyramid of (B, C, H/stride, W/stride), boxes_px (B, N, 4) -> (B·N, C, R, R)."""
@@ -305,8 +305,11 @@ class RoIPooler(nn.Module):
         # RoIAlign takes rows of (index of the image, x1, y1, x2, y2).
         image = torch.arange(B, device=boxes_px.device, dtype=boxes_px.dtype)
         image = image.repeat_interleave(N)[:, None]  # (B·N, 1)
-        # It would read outside of the map for boxes that are not finite.
-        rois = torch.cat((image, boxes_px.flatten(0, 1).nan_to_num()), dim=1)  # (B·N, 5)
+        boxes_px = boxes_px.flatten(0, 1)  # (B·N, 4)
+        if not torch.compiler.is_exporting():  # other runtimes may lack it
+            # RoIAlign would read outside of the map for boxes that are not finite.
+            boxes_px = boxes_px.nan_to_num()
+        rois = torch.cat((image, boxes_px), dim=1)  # (B·N, 5)
 
         levels = self.levels(rois[:, 1:])  # (B·N,)
         # The boxes of each level. Their numbers are the one thing that the host has to wait for.

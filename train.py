@@ -437,6 +437,8 @@ def start_training(
     torch.manual_seed(config.seed)
     try:
         model = build(config).to(world.device)
+        # Convolutions are faster with the channels last in memory, most of all in bfloat16.
+        model.backbone.to(memory_format=torch.channels_last)
     except FileNotFoundError as error:
         flags = "--no-pretrained-backbone --no-freeze-backbone"
         raise UserError(f"{error}. On the command line these are {flags}") from None

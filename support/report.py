@@ -5,13 +5,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torchvision
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -259,6 +258,13 @@ class Report:
 
 # --- curves ---
 
+# Title, label of y, what y is multiplied by, its upper end, and keys of metrics.jsonl.
+CURVES = (
+    ("training loss, summed over stages", "loss", 1, None, ("loss_cls", "loss_l1", "loss_giou")),
+    ("validation", "AP, points of 100", 100, 100, ("AP", "AP50", "AP75")),
+    ("rate at the end of the epoch", "learning rate", 1, None, ("lr",)),
+)
+
 
 def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     """Draws the losses, the AP and the learning rate of a training run over its epochs.
@@ -270,31 +276,15 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
     text = Path(metrics_jsonl).read_text(encoding="utf-8")
     epochs = [json.loads(line) for line in text.splitlines()]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    loss_axes, ap_axes, rate_axes = figure.subplots(1, 3)
-
-    _plot(loss_axes, epochs, {"loss_cls": "class (focal)", "loss_l1": "L1", "loss_giou": "GIoU"})
-    loss_axes.set(title="training loss, summed over stages", ylabel="loss", ylim=(0, None))
-    _plot(ap_axes, epochs, {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}, scale=100)
-    ap_axes.set(title="validation", ylabel="AP, points of 100", ylim=(0, 100))
-    _plot(rate_axes, epochs, {"lr": "learning rate"})
-    rate_axes.set(title="rate at the end of the epoch", ylabel="learning rate", ylim=(0, None))
-
+    for axes, (title, unit, scale, top, keys) in zip(figure.subplots(1, 3), CURVES, strict=True):
+        for key, colour in zip(keys, LINES, strict=False):
+            known = [line for line in epochs if line.get(key, -1) >= 0]  # −1: not defined
+            y = [scale * line[key] for line in known]
+            x = [line["epoch"] for line in known]
+            axes.plot(x, y, marker="o", markersize=3, label=key, color=colour)
+        axes.set(title=title, ylabel=unit, xlabel="epoch", ylim=(0, top))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
     with replacing(output) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-
-
-def _plot(
-    axes: Axes, epochs: Sequence[Mapping[str, Any]], labels: Mapping[str, str], scale: float = 1.0
-) -> None:
-    """One line per key of `labels`, over the epochs that have a value for it, times `scale`."""
-    for (key, label), colour in zip(labels.items(), LINES, strict=False):
-        known = [line for line in epochs if line.get(key, -1) >= 0]  # −1: AP that is not defined
-        if known:
-            x = [line["epoch"] for line in known]
-            y = [scale * line[key] for line in known]
-            axes.plot(x, y, marker="o", markersize=3, label=label, color=colour)
-    axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
