@@ -68,7 +68,7 @@ assets-blood: $(READY)
 # What the README shows, from the checkpoints that are there.
 pictures: $(READY)
 	$(RUN) assets/make_gif.py
-	$(RUN) explore.py assets/blood/BloodImage_00004.jpg --weights assets/blood.pt \
+	$(RUN) explore.py assets/blood/BloodImage_00017.jpg --weights assets/blood.pt \
 	    --annotations assets/blood/val.json --output assets/explore.html
 
 lint: $(READY)

@@ -6,9 +6,9 @@ Out: one HTML file. It needs no server, no network and no library: everything is
     python explore.py photo.jpg --weights assets/blood.pt
 
 The page shows boxes, scores, attention and what the generated kernels find, for the model as it was
-trained, for five interventions ("what if …") and after the removal of a proposal. All of it is
-computed here, by the model; `explore.html` only draws it. The backbone runs once, the head once per
-question, and every question is a context manager that changes the model and changes it back.
+trained, for five interventions ("what if …") and after the removal of a proposal. All of this is
+computed here, by the model; `explore.html` only draws it. The backbone runs once, the head once for
+each question, and each question is a small function that changes a copy of the model.
 
 In Python, and in a notebook's `<iframe srcdoc="…">`:
 
@@ -146,7 +146,7 @@ def one_feature(model: SparseRCNN) -> None:
 def without(model: SparseRCNN, proposal: int) -> None:
     """Nobody attends to it, as if it did not exist. What it predicts itself is to be ignored."""
     indices = torch.arange(len(model.proposal_boxes), device=model.proposal_boxes.device)
-    # (N, N), True: i does not look at j. The proposal looks at itself, because somebody it must.
+    # (N, N), True: i does not look at j. It looks at itself: softmax needs somebody.
     hidden = (indices == proposal) & (indices[:, None] != proposal)
     for stage in model.head.stages:
         stage.self_attn.register_forward_pre_hook(

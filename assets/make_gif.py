@@ -25,9 +25,9 @@ from visualize import FONT, colour  # noqa: E402
 HEIGHT_PX = 280  # of an image with the margin around it: proposals may extend beyond the image
 MARGIN = 0.12  # as a share of the image's height
 TITLE_PX = 26
-STEPS = 6  # frames from one stage to the next
-FRAME_MS, HOLD_MS, END_MS = 60, 500, 2500  # a frame; one at a stage; the last one
-COLOURS = 64  # in the palette of the GIF
+STEPS = 4  # frames from one stage to the next
+FRAME_MS, START_MS, HOLD_MS, END_MS = 90, 2000, 500, 2500  # between stages, at 0, at each, last
+COLOURS = 256  # in the palette of the GIF
 THRESHOLD = 0.4  # proposals that end with a lower score are white, and fade
 
 
@@ -75,12 +75,13 @@ def draw_panel(panel: Panel, time: float) -> Image.Image:
     draw = ImageDraw.Draw(layer)
     font = ImageFont.truetype(FONT, 10)
     faded = (255, 255, 255, round(170 * (1 - time / last)))
+    best = {names[i]: i for i in torch.argsort(scores[-1]).tolist()}  # each class is named once
     for i in [i for i in torch.argsort(score).tolist() if has_area[i]]:
         box = now_px[i].tolist()
         is_found = bool(scores[-1, i] >= THRESHOLD)
         draw.rectangle(box, outline=colours[i] if is_found else faded, width=1 + is_found)
-        if is_found and score[i] >= 0.3:
-            text = f"{names[i]} {score[i]:.2f}"
+        if is_found and score[i] >= 0.3 and best[names[i]] == i:
+            text = names[i]
             place = (max(1, box[0]), max(1, box[1] - 12))
             draw.rectangle(draw.textbbox(place, text, font), fill=colours[i])
             draw.text(place, text, "black", font)
@@ -114,9 +115,13 @@ def main() -> None:
 
     # One palette for all frames: pixels that do not change are then not stored again.
     samples = [np.asarray(frames[i]) for i in (0, len(frames) // 2, -1)]
+    # Enough of each class's colour that it gets an entry of its own.
+    swatches = [Image.new("RGB", (frames[0].width, 40), colour(label)) for label in range(3)]
+    samples += [np.asarray(swatch) for swatch in swatches]
     palette = Image.fromarray(np.concatenate(samples)).quantize(COLOURS, dither=0)
     first, *rest = (frame.quantize(palette=palette, dither=0) for frame in frames)
-    style = {"duration": ([HOLD_MS] + [FRAME_MS] * (STEPS - 1)) * num_stages + [END_MS], "loop": 0}
+    durations = ([HOLD_MS] + [FRAME_MS] * (STEPS - 1)) * num_stages + [END_MS]
+    style = {"duration": [START_MS, *durations[1:]], "loop": 0}
     path = ASSETS / "refinement.gif"
     first.save(path, save_all=True, append_images=rest, optimize=False, disposal=1, **style)
     print(f"written: {path}, and its last frame as refinement.png")
