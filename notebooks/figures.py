@@ -191,7 +191,7 @@ def live(page: str, still: Figure, height: int) -> HTML:
         height: of the frame in pixels.
     """
     png = io.BytesIO()
-    still.savefig(png, format="png", dpi=80)
+    still.savefig(png, format="png", dpi=110)
     picture = base64.b64encode(png.getvalue()).decode()
     return HTML(
         '<div style="display: grid"><div style="grid-area: 1 / 1">'
