@@ -34,7 +34,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from config import PRESETS, PresetName
+from config import PRESETS, Config, PresetName
 from data import ShortestSize
 from model import load_model
 from support.checkpoint import PUBLISHED
@@ -94,12 +94,14 @@ class Predictor:
             if amp != "off":
                 raise UserError(f"{weights}: an ONNX file has its own precision; leave out --amp")
             self.model = OnnxDetector(weights, self.device)
-            self.class_names, self.backbone, sizes = self.model.class_names, "", self.model
+            self.class_names = self.model.class_names
+            self.config = Config(test_size=self.model.test_size, max_size=self.model.max_size)
         else:
             model, checkpoint = load_model(weights, self.device, PRESETS.get(preset))
-            self.model, sizes = model.for_inference(), checkpoint["config"]
-            self.class_names, self.backbone = checkpoint["class_names"], sizes.backbone
-        self.resize = ShortestSize((test_size or sizes.test_size,), max_size or sizes.max_size)
+            self.model, self.config = model.for_inference(), checkpoint["config"]
+            self.class_names = checkpoint["class_names"]
+        size = test_size or self.config.eval_size
+        self.resize = ShortestSize((size,), max_size or self.config.max_size)
 
         if unknown := [name for name in classes if name not in self.class_names]:
             known = ", ".join(self.class_names)
@@ -220,13 +222,11 @@ def save_picture(path: Path, image: Tensor, found: dict, class_names: Sequence[s
     """Draws detections on an image (3, H, W), or on a smaller or larger copy of it, as a PNG."""
     longest = max(image.shape[1:])
     shown_px = min(max(longest, MIN_SHOWN_PX), MAX_SHOWN_PX)
-    if shown_px != longest:
-        # Not by F.resize's max_size, which makes a side of 0 pixels of a very long image.
-        size = [max(1, side * shown_px // longest) for side in image.shape[1:]]
-        scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]] * 2)
-        found = {**found, "boxes": found["boxes"] * scale}
-        image = F.resize(image, size)
-    picture = F.to_pil_image(draw_image(image, found, class_names))
+    # Not by F.resize's max_size, which makes a side of 0 pixels of a very long image.
+    size = [max(1, side * shown_px // longest) for side in image.shape[1:]]
+    scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]] * 2)
+    shown = {**found, "boxes": found["boxes"] * scale}
+    picture = F.to_pil_image(draw_image(F.resize(image, size), shown, class_names))
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", compress_level=1, compress_type=3)
 
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, class_names = predictor.model, predictor.class_names
     if args.stages and isinstance(model, OnnxDetector):
         raise UserError(f"--stages: {args.weights} has none; use the checkpoint it was made from")
-    choose_threads(predictor.device, predictor.backbone, args.amp)
+    choose_threads(predictor.device, predictor.config.backbone, args.amp)
     make_folder(folders[-1])
 
     records = []
