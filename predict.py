@@ -34,7 +34,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from config import PRESETS, Config, PresetName
+from config import PRESETS, PresetName
 from data import ShortestSize
 from model import load_model
 from support.checkpoint import PUBLISHED
@@ -94,14 +94,12 @@ class Predictor:
             if amp != "off":
                 raise UserError(f"{weights}: an ONNX file has its own precision; leave out --amp")
             self.model = OnnxDetector(weights, self.device)
-            self.class_names = self.model.class_names
-            self.config = Config(test_size=self.model.test_size, max_size=self.model.max_size)
+            self.class_names, self.backbone, sizes = self.model.class_names, "", self.model
         else:
             model, checkpoint = load_model(weights, self.device, PRESETS.get(preset))
-            self.model, self.config = model.for_inference(), checkpoint["config"]
-            self.class_names = checkpoint["class_names"]
-        size = test_size or self.config.eval_size
-        self.resize = ShortestSize((size,), max_size or self.config.max_size)
+            self.model, sizes = model.for_inference(), checkpoint["config"]
+            self.class_names, self.backbone = checkpoint["class_names"], sizes.backbone
+        self.resize = ShortestSize((test_size or sizes.test_size,), max_size or sizes.max_size)
 
         if unknown := [name for name in classes if name not in self.class_names]:
             known = ", ".join(self.class_names)
@@ -302,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, class_names = predictor.model, predictor.class_names
     if args.stages and isinstance(model, OnnxDetector):
         raise UserError(f"--stages: {args.weights} has none; use the checkpoint it was made from")
-    choose_threads(predictor.device, predictor.config.backbone, args.amp)
+    choose_threads(predictor.device, predictor.backbone, args.amp)
     make_folder(folders[-1])
 
     records = []

@@ -177,11 +177,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_folder(args.output.parent)
 
     # A wide image, a tall one, and a smaller one of odd sides.
-    short, long = config.eval_size, round(config.eval_size * 4 / 3)
+    short, long = config.test_size, round(config.test_size * 4 / 3)
     sizes_hw = [(short, long), (long, short), (short * 5 // 8 - 1, long // 2 - 1)]
     with replacing(args.output) as temporary:
-        metadata = {**checkpoint, "test_size": short, "max_size": config.max_size}
-        export_onnx(model, temporary, metadata)
+        export_onnx(model, temporary, {**checkpoint, **config.to_dict()})
         detector = OnnxDetector(temporary)
         counts = [check(detector, model, size_hw) for size_hw in sizes_hw]
 
