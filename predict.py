@@ -218,15 +218,14 @@ def read_ahead(files: Sequence[Path], workers: int) -> Iterator[Callable[[], Ten
 
 def save_picture(path: Path, image: Tensor, found: dict, class_names: Sequence[str]) -> None:
     """Draws detections on an image (3, H, W), or on a smaller or larger copy of it, as a PNG."""
-    longest = max(image.shape[1:])
+    height, width = image.shape[1:]
+    longest = max(height, width)
     shown_px = min(max(longest, MIN_SHOWN_PX), MAX_SHOWN_PX)
-    if shown_px != longest:
-        # Not by F.resize's max_size, which makes a side of 0 pixels of a very long image.
-        size = [max(1, side * shown_px // longest) for side in image.shape[1:]]
-        scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]] * 2)
-        found = {**found, "boxes": found["boxes"] * scale}
-        image = F.resize(image, size)
-    picture = F.to_pil_image(draw_image(image, found, class_names))
+    # Not by F.resize's max_size, which makes a side of 0 pixels of a very long image.
+    size = max(1, height * shown_px // longest), max(1, width * shown_px // longest)
+    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
+    shown = {**found, "boxes": found["boxes"] * scale}
+    picture = F.to_pil_image(draw_image(F.resize(image, size), shown, class_names))
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", compress_level=1, compress_type=3)
 

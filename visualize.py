@@ -157,7 +157,6 @@ def draw_boxes(
     texts: Sequence[str] | None = None,
     linewidth: float = 1.8,
     linestyle: Any = "-",
-    alphas: Sequence[float] | None = None,
 ) -> None:
     """Draws boxes over an image that is shown already.
 
@@ -166,15 +165,13 @@ def draw_boxes(
         colours: n, of the lines.
         texts: n, drawn inside or right above a corner of each box; none by default.
         linewidth, linestyle: as matplotlib takes them.
-        alphas: n, from 0 (invisible) to 1; by default all are 1.
     """
     outline = [withStroke(linewidth=linewidth + 1.2, foreground="black")]
     style = {"linewidth": linewidth, "linestyle": linestyle, "fill": False}
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        alpha = 1.0 if alphas is None else alphas[i]
-        box = Rectangle((x1, y1), x2 - x1, y2 - y1, edgecolor=colours[i], alpha=alpha, **style)
+        box = Rectangle((x1, y1), x2 - x1, y2 - y1, edgecolor=colours[i], **style)
         # A dark rim makes a line visible on any background.
-        if linewidth > 1 and alpha == 1:
+        if linewidth > 1:
             box.set_path_effects(outline)
         axes.add_patch(box)
         if texts:
@@ -207,7 +204,6 @@ def draw_detections(
     detection: dict[str, Tensor],
     class_names: Sequence[str],
     threshold: float = 0.4,
-    title: str = "",
 ) -> None:
     """Draws what the model found in an image.
 
@@ -216,9 +212,8 @@ def draw_detections(
         detection: `boxes`, `scores` and `labels` as `SparseRCNN` returns them for an image.
         class_names: K names.
         threshold: detections that score less are left out.
-        title: above the image.
     """
-    show_image(axes, image, title)
+    show_image(axes, image)
     keep = detection["scores"] >= threshold
     labels, scores = detection["labels"][keep], detection["scores"][keep]
     draw_boxes(axes, detection["boxes"][keep], *colours_and_texts(labels, scores, class_names))
@@ -256,8 +251,7 @@ def draw_stages(
     stages = range(1, last_stage + 1) if stages is None else stages
     if not all(1 <= stage <= last_stage for stage in stages):
         raise ValueError(f"draw_stages: stages {list(stages)} are not all in 1 … {last_stage}")
-    if outputs is None:
-        outputs = [model.stages([image]) for image in images]
+    outputs = [model.stages([image]) for image in images] if outputs is None else outputs
 
     figure, grid = new_figure(len(images), len(stages) + 1, (2.1, 2.25))
     for row, image, output in zip(grid, images, outputs, strict=True):

@@ -152,7 +152,7 @@ def test_a_file_that_disagrees_is_not_written(
     (tmp_path / "model.onnx").write_bytes(b"what was there before")
     # An exporter that gets everything wrong: it writes another model.
     monkeypatch.setattr(export, "export_onnx", lambda model, path, *_: shutil.copy(exported, path))
-    with pytest.raises(UserError, match=r"not written, .* disagree on an image of 96×128"):
+    with pytest.raises(UserError, match=r"not written: .* disagree on an image of 96×128"):
         main([str(other), str(tmp_path / "model.onnx")])
     assert (tmp_path / "model.onnx").read_bytes() == b"what was there before"
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt", "model.onnx"}
