@@ -130,10 +130,11 @@ class Config:
             self._require(name, is_sizes, "should hold sizes of at least 1 pixel")
         counts = """
             num_classes num_proposals num_stages hidden_dim dynamic_dim num_heads ffn_dim roi_size
-            canonical_box_px epochs batch_size shapes_train shapes_val eval_every max_size eval_size
+            canonical_box_px epochs batch_size shapes_train shapes_val eval_every max_size
             max_bad_steps max_dets"""
         for name in counts.split():
             self._require(name, getattr(self, name) >= 1, "should be at least 1")
+        self._require("test_size", self.eval_size >= 1, "should be at least 1")
         for name in ("lr", "lr_at_16", "clip_norm"):
             is_rate = getattr(self, name) is None or 0 < getattr(self, name) < math.inf
             self._require(name, is_rate, "should be a number greater than 0")

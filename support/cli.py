@@ -73,6 +73,7 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
         """Like Ctrl-C it raises an exception, so that what is done can still be written."""
         nonlocal is_ended
         is_ended = True
+        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb that
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)

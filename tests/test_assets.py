@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from data import validation_set
 from evaluate import evaluate
-from support.checkpoint import load_model
+from model import load_model
 
 ASSETS = ROOT / "assets"
 NOTE = (ASSETS / "README.md").read_text(encoding="utf-8")

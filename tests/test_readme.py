@@ -70,7 +70,7 @@ def test_flags_that_are_shown_exist(capsys: pytest.CaptureFixture[str]) -> None:
         program = re.match(r"\w+\.py|-m tools\.\w+", command)[0]
         flags = re.findall(r"(?<= )--[a-z-]+", command.split("#")[0])
         shown.setdefault(program, set()).update(flags)
-    assert {"train.py", "evaluate.py", "predict.py", "visualize.py"} <= set(shown)
+    assert {"train.py", "evaluate.py", "predict.py", "explore.py"} <= set(shown)
     for program, flags in shown.items():
         if flags:
             module = importlib.import_module(program.removesuffix(".py").removeprefix("-m "))
@@ -82,10 +82,12 @@ def test_flags_that_are_shown_exist(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_commands_for_real_images_work_as_they_stand(tmp_path: Path) -> None:
-    commands = re.findall(r"^\.venv/bin/python (.*assets/blood\.pt.*)$", README, re.MULTILINE)
-    assert len(commands) == 2
+    shown = README.replace("\\\n", "")  # lines that go on
+    commands = re.findall(r"^\.venv/bin/python (.*assets/blood\.pt.*)$", shown, re.MULTILINE)
+    assert len(commands) == 3
     for command in commands:
-        argv = [sys.executable, *shlex.split(command), "--output", str(tmp_path)]
+        output = tmp_path / "page.html" if "explore.py" in command else tmp_path
+        argv = [sys.executable, *shlex.split(command), "--output", str(output)]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     detections = json.loads((tmp_path / "detections.json").read_text(encoding="utf-8"))
