@@ -97,7 +97,7 @@ def code_lines(path: Path) -> int:
 
 
 def test_the_machinery_stays_small() -> None:
-    assert sum(code_lines(path) for path in ROOT.glob("support/*.py")) <= 1150
+    assert sum(code_lines(path) for path in ROOT.glob("support/*.py")) <= 1250
 
 
 def test_the_readers_of_imports_and_lines_see_all_kinds(tmp_path: Path) -> None:
