@@ -68,6 +68,8 @@ assets-blood: $(READY)
 # What the README shows, from the checkpoints that are there.
 pictures: $(READY)
 	$(RUN) assets/make_gif.py
+	$(RUN) predict.py assets/blood/BloodImage_00017.jpg --weights assets/blood.pt --output runs/pictures
+	cp runs/pictures/BloodImage_00017.png assets/detections.png
 	$(RUN) explore.py assets/blood/BloodImage_00017.jpg --weights assets/blood.pt \
 	    --annotations assets/blood/val.json --output assets/explore.html
 
