@@ -47,8 +47,8 @@ Transforms = Callable[[Tensor, Target], tuple[Tensor, Target]] | None
 AnyPath = str | os.PathLike[str]
 
 COCO_FOLDER = Path("datasets/coco")
-TINY_PX = 4  # an object of less is one cell of the finest pyramid level
-MIN_SIDE_PX = 1e-5  # a box of no more width or height is not an object (authors' code)
+TINY_PX = 4  # a shorter object covers less than one cell of p2
+MIN_SIDE_PX = 1e-5  # boxes this thin or thinner are left out (authors' code)
 
 
 # --- images and boxes ---
@@ -100,7 +100,7 @@ class CocoDataset(Dataset):
         self.image_dir = str(image_dir)
         self.transforms = transforms
 
-        # Not kept: `coco`, which is rarely needed, reads the file again.
+        # The parsed file is not kept; `coco`, which is rarely needed, reads it again.
         file = coco_json.read_coco(self.json_file)
         self.image_ids = np.array([image.id for image in file.images])
         self.sizes_hw = np.array([(image.height, image.width) for image in file.images])
@@ -211,7 +211,7 @@ def random_size_crop(
 ) -> tuple[Tensor, Target]:
     """Cuts out a window: each side is uniform within `sizes_px`, its place uniform in the image.
 
-    A side of the image that is shorter than that limits it. This is detectron2's
+    A smaller image limits the window. This is detectron2's
     "absolute_range", with the authors' sizes.
     """
     low, high = sizes_px
@@ -254,7 +254,7 @@ def train_transforms(config: Config) -> v2.Compose:
         ShortestSize(config.min_sizes, config.max_size),
         v2.RandomHorizontalFlip(0.5 if config.flip else 0.0),
     ]
-    # Left out rather than given a probability of 0: that would draw a random number as well, and
+    # Left out rather than given a probability of 0, which would draw a random number as well;
     # runs of the paper's recipe should not depend on an option that is not in it.
     if config.flip_vertical:
         steps.append(v2.RandomVerticalFlip(0.5))
@@ -402,7 +402,7 @@ def notes_on_data(dataset: CocoDataset | ShapesDataset, config: Config) -> list[
     sides_px = (dataset._boxes[:, 2:] - dataset._boxes[:, :2]).max(1) * scale[rows]
     if (share := (sides_px < TINY_PX).mean()) > 0.1:
         factor = 2 * TINY_PX / np.quantile(sides_px, 0.1)
-        longest = int(config.max_size * factor)
+        longest = min(int(config.max_size * factor), int(sizes_hw.max()))
         notes.append(
             f"{share:.0%} of the objects are less than {TINY_PX} pixels long in the resized images "
             f"and can hardly be seen; --max-size {longest} and --min-sizes in proportion would do, "

@@ -4,7 +4,7 @@ In:  a checkpoint, and a data set in COCO's format (by default the validation da
 Out: the table on the terminal, `OUTPUT/metrics.json` (AP as a fraction of 1) and
      `OUTPUT/detections.json` (COCO's results format).
 
-The ground truth is the annotation file itself, with crowds and with images that have no objects. A
+The ground truth is the annotation file, with crowds and with images that have no objects. A
 number that is not defined, such as APs where there is no small object, is −1, as in pycocotools.
 
 With `torchrun` the processes share the images. Images are batched only if they are padded to the
@@ -61,8 +61,8 @@ def evaluate(
     """Runs the model over a data set and measures it; all processes have to call this.
 
     Args:
-        model: in torchvision's language, on `world.device`. It is put into eval mode and, at the
-            end, back into the mode that it was in.
+        model: with the interface of torchvision's detectors, on `world.device`. It is put into
+            eval mode and, at the end, back into the mode that it was in.
         dataset: a `CocoDataset` or `ShapesDataset` with evaluation transforms.
         world: the processes. Each takes its share of the batches, so each image is seen once.
         batch_size: at most so many images at a time, all of one size.
@@ -330,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if world.is_main:
             make_folder(args.output)
         model, checkpoint = load_model(args.weights, world.device, PRESETS.get(args.preset))
+        if (args.val_json is None) != (args.val_images is None):
+            raise UserError("--val-json and --val-images go together; give both or neither")
         names = ("val_json", "val_images", "test_size", "max_size", "max_dets")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         config = replace(checkpoint["config"], **given)

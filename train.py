@@ -5,7 +5,7 @@
     python train.py --train-json A.json --train-images DIR --val-json B.json --val-images DIR
 
 In:  a `Config`; every field is a flag (see --help).
-Out: in --output: last.pt, best.pt (if there is validation data), metrics.jsonl (one line per
+Out: in --output: last.pt, best.pt (if there are validation objects), metrics.jsonl (one line per
      epoch), config.json, TensorBoard events, curves.png.
 
 Read it from top to bottom: the learning rate, one step, the loop, the checkpoint, the set-up.
@@ -45,6 +45,8 @@ from support.loader import make_train_loader
 from support.report import Report
 from support.signals import StopSignal
 
+# Settings that an AP depends on.
+VALIDATION = ("val_json", "val_images", "data", "shapes_val", "eval_size", "max_size", "max_dets")
 FEW_STEPS = 300  # hardly enough to learn anything from random weights
 
 
@@ -60,26 +62,27 @@ class Training:
     world: World
     steps_per_epoch: int
     num_images: int  # in the training set
-    validation: str  # on what `best` was measured
+    validation_key: str  # identifies the data behind `best`
     class_names: Sequence[str]
     category_ids: Sequence[int]
 
     epoch: int = 0  # epochs finished, evaluation included
-    step: int = 0  # batches taken, those of skipped steps included
-    bad_in_a_row: int = 0  # skipped steps since the last one that was taken
+    step: int = 0  # batches consumed, those of skipped steps included
+    bad_in_a_row: int = 0  # steps skipped since the last update
     best: float = -1.0  # best AP so far, as a fraction of 1
-    # Sums over the steps of this epoch, of this process's losses and so on; see support/report.py.
+    # Sums over the steps of this epoch, of this process's losses and so on, made by `Report.step`.
     sums: dict[str, float] = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:
-        """Of the whole run."""
+        """Steps in the whole run."""
         return self.config.epochs * self.steps_per_epoch
 
     def summed(self) -> dict[str, float]:
         """`sums` over all processes; all of them have to call this.
 
-        Each process knows the losses of its own images. All else is the same in all of them.
+        Losses are of each process's own images, so they add up. Counts are the same in all
+        processes, and times are this one's.
         """
         names = [name for name in self.sums if name.startswith("loss")]
         losses = self.world.sum(*(self.sums[name] for name in names))
@@ -131,8 +134,9 @@ def train_step(
 
     Returns:
         Every loss of this process's images, and `grad_norm`, the norm of the whole batch's gradient
-        before clipping. If it is not finite the step was skipped, in all processes alike, and
-        nothing has changed: one bad batch should not cost a run. (The authors' code ends the run.)
+        before clipping. If it is not finite the step was skipped, in all processes alike: weights,
+        optimizer and batch norms are as before. One bad batch should not cost a run. (The authors'
+        code ends the run.)
     """
     config, model, optimizer = training.config, training.model, training.optimizer
     for group in optimizer.param_groups:
@@ -140,12 +144,13 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     # Trained batch norms update their running statistics in the forward pass.
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    statistics = [buffer for norm in norms for buffer in norm.buffers()]
-    before = [buffer.clone() for buffer in statistics]
+    norm_buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    norm_backup = [buffer.clone() for buffer in norm_buffers]
 
     # Micro-batches: a batch that does not fit into memory is processed in parts, and their
     # gradients add up. Each part is divided by the number of objects in the whole batch (all parts,
-    # all processes; see loss.py), so the gradient does not depend on how the batch is split.
+    # all processes; see loss.py), so the gradient does not depend on how the batch is split, except
+    # that padding goes to the largest image of a part, and trained batch norms see only a part.
     totals: dict[str, Tensor] = {}
     size = config.micro_batch or len(images)
     for first in range(0, len(images), size):
@@ -164,16 +169,16 @@ def train_step(
 
     training.scaler.unscale_(optimizer)
     totals["grad_norm"] = clip_grad_norm_(model.parameters(), config.clip_norm)
-    # The step's only transfer to the host.
+    # One transfer to the host for all values.
     values = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
 
     # A NaN in one process is in the average of all gradients, so all processes decide alike.
     if math.isfinite(values["grad_norm"]):
         training.scaler.step(optimizer)
     else:
-        for buffer, value in zip(statistics, before, strict=True):
+        for buffer, value in zip(norm_buffers, norm_backup, strict=True):
             buffer.copy_(value)
-    training.scaler.update()  # also after a skipped step: this lowers the scale of float16
+    training.scaler.update()  # after float16 has overflowed, this lowers the scale
     return values
 
 
@@ -193,7 +198,8 @@ def train(
         UserError: too many steps in a row, or all of a shorter run, were skipped.
     """
     config, world = training.config, training.world
-    saved = time.monotonic()
+    share = config.batch_size // world.size  # images of a batch that this process takes
+    last_save = time.monotonic()
     while training.epoch < config.epochs:
         training.model.train()
         report.start_epoch(training)
@@ -203,11 +209,10 @@ def train(
         with StopSignal() as stop:  # from here on a signal waits for the step to end
             for images, targets in loader:
                 report.batch_is_loaded()
-                is_save_due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+                is_save_due = time.monotonic() - last_save > 60 * config.checkpoint_minutes
                 # What the processes have to agree on, in one exchange.
-                num_objects, num_images, num_stops, is_save_due = world.sum(
+                num_objects, num_stops, is_save_due = world.sum(
                     sum(len(target["labels"]) for target in targets),
-                    len(images),
                     stop.number is not None,
                     world.is_main and is_save_due,
                 )
@@ -219,22 +224,24 @@ def train(
                 is_taken = math.isfinite(values["grad_norm"])
                 training.bad_in_a_row = 0 if is_taken else training.bad_in_a_row + 1
                 if training.bad_in_a_row >= min(config.max_bad_steps, training.total_steps):
-                    image_ids = [target["image_id"] for target in targets]
+                    own_ids = [target["image_id"] for target in targets]
+                    image_ids = sum(world.gather(own_ids), [])
                     raise UserError(
                         f"{training.bad_in_a_row} steps in a row were not finite, the last one "
                         f"with image ids {image_ids}; look at their boxes, and try a lower --lr "
                         f"(it was {peak_rate(config):.2g}) or --amp off"
                     )
-                report.step(training, values, int(num_images))
+                report.step(training, values)
                 if is_save_due:
                     save(training, output / "last.pt")
-                    saved = time.monotonic()
+                    last_save = time.monotonic()
 
             # Trained batch norms: all processes evaluate with the main one's statistics.
             world.copy_buffers(training.model)
             save(training, output / "last.pt")  # before the evaluation, which may take long
+            last_save = time.monotonic()
             (num_stops,) = world.sum(stop.number is not None)
-        if num_stops:
+        if num_stops or stop.number is not None:
             number = stop.number or int(signal.SIGTERM)  # if another process has got the signal
             where = f"step {training.step}; saved {output / 'last.pt'}"
             report.say(f"stopped by signal {number} at {where}")
@@ -247,7 +254,7 @@ def train(
                 training.model,
                 val_set,
                 world,
-                batch_size=config.micro_batch or config.batch_size // world.size,
+                batch_size=min(config.micro_batch or share, share),
                 workers=config.workers,
                 amp=config.amp,
                 max_dets=config.max_dets,
@@ -286,7 +293,7 @@ def save(training: Training, path: Path) -> None:
             "learning_rate": peak_rate(config),
             "batch_size": config.batch_size,
             "num_images": training.num_images,
-            "validation": training.validation,
+            "validation": training.validation_key,
         },
         "epoch": training.epoch,
         "step": training.step,
@@ -297,7 +304,7 @@ def save(training: Training, path: Path) -> None:
     }
     if world.is_main:
         save_checkpoint(path, checkpoint)
-    world.sum(0)  # The others wait: the first process that ends makes torchrun end all of them.
+    world.sum(0)  # Nobody ends before the file is whole: torchrun would end the others too.
 
 
 def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output: Path) -> str:
@@ -305,7 +312,7 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
 
     Raises:
         UserError: the checkpoint was not written by `save`, is of another batch size or data set,
-            with which the steps so far would mean something else, or has done all epochs.
+            with which the steps so far would mean something else, or has done more than all epochs.
     """
     config = training.config
     if "optimizer" not in checkpoint:
@@ -319,8 +326,8 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
             f"{training.num_images} images, and --batch-size {config.batch_size}. Resume with the "
             "same, or start another run with --weights"
         )
-    if checkpoint["epoch"] > config.epochs:
-        raise UserError(f"--epochs {config.epochs}: {path} has done {checkpoint['epoch']}")
+    if checkpoint["step"] > training.total_steps:
+        raise UserError(f"--epochs {config.epochs}: {path} has done more than these already")
 
     training.model.load_state_dict(checkpoint["model"])
     training.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -331,8 +338,9 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
     for name in ("epoch", "step", "best", "bad_in_a_row"):
         setattr(training, name, checkpoint[name])
     # The sums are those of all processes, so only one of them may go on with the losses.
-    is_mine = {name: training.world.is_main or "loss" not in name for name in checkpoint["sums"]}
-    training.sums = {name: value * is_mine[name] for name, value in checkpoint["sums"].items()}
+    training.sums = dict(checkpoint["sums"])
+    if not training.world.is_main:
+        training.sums |= {name: 0.0 for name in training.sums if name.startswith("loss")}
     if len(checkpoint["rng"]) == training.world.size:
         rng = checkpoint["rng"][training.world.rank]
         torch.set_rng_state(rng["cpu"])
@@ -347,7 +355,7 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
             f", in place of {schedule['total_steps']}: the schedule is stretched, and the rate "
             f"goes from {before:.2g} to {after:.2g}"
         )
-    is_other = schedule.get("validation", training.validation) != training.validation
+    is_other = schedule.get("validation", training.validation_key) != training.validation_key
     if is_other or not (output / "best.pt").exists():
         training.best = -1.0
         line += "; the best AP starts afresh" + (", on other validation data" if is_other else "")
@@ -359,7 +367,8 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
 
 @dataclass(frozen=True)
 class TrainArgs:
-    output: Path = Path("runs/train")  # folder that everything is written into
+    # Folder that everything is written into; with --resume FILE by default that of the file.
+    output: Path = Path("runs/train")
     # Checkpoint to fine-tune: ours, the authors', MMDetection's, or a name such as
     # sparse-rcnn-r50-100. Network and recipe are its own, unless --preset names another recipe.
     # Classes are matched by name.
@@ -383,10 +392,10 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
     Raises:
         UserError: a flag has no effect, or asks for another network than the checkpoint's.
     """
-    given = {word.split("=")[0] for word in argv if word.startswith("--")}
-    read = partial(parse_args, argv, TrainArgs, "train.py", __doc__.split("\n\n")[0])
+    given = {word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
+    parse = partial(parse_args, argv, TrainArgs, "train.py", __doc__.split("\n\n")[0])
     preset = preset_from(argv)
-    args = read(TrainArgs(config=preset))
+    args = parse(TrainArgs(config=preset))
     if {"--lr", "--lr-at-16"} <= given:
         raise UserError("--lr-at-16 has no effect beside --lr; leave one of them out")
     last = args.output / "last.pt"
@@ -409,7 +418,10 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
         recipe = replace(config, **{name: getattr(preset, name) for name in names})
         recipe = preset if "--preset" in given else recipe
         default = replace(recipe, **{name: getattr(config, name) for name in NETWORK})
-    args = replace(read(TrainArgs(config=default)), resume=args.resume)
+    output = args.output
+    if args.resume and "--output" not in given:
+        output = Path(args.resume).parent
+    args = replace(parse(TrainArgs(config=default)), resume=args.resume, output=output)
     for name in NETWORK:
         asked, has = getattr(args.config, name), getattr(config, name)
         if asked != has:
@@ -452,26 +464,34 @@ def start_training(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    parallel_model: nn.Module = model
-    if world.size > 1:
-        # Gradients are averaged where they are, without a second copy.
-        parallel_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # No buffers in every step: `train` copies them before an evaluation. (The argument of this
-        # name gives a warning from torch 2.14 on, and its new name is not in 2.11.)
-        parallel_model.broadcast_buffers = False
     return Training(
         model,
-        parallel_model,
+        model,
         optimizer,
         torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16"),
         config,
         world,
         steps_per_epoch,
         num_images=len(train_set),
-        validation=f"{config.val_json} {config.val_images} {config.eval_size} {config.max_size}",
+        validation_key=" ".join(str(getattr(config, name)) for name in VALIDATION),
         class_names=train_set.class_names,
         category_ids=train_set.category_ids,
     )
+
+
+def share_gradients(training: Training) -> None:
+    """Puts the model into DistributedDataParallel, which also gives all processes the same weights.
+
+    Args:
+        training: with the weights that it starts from; nothing happens if there is one process.
+    """
+    if training.world.size > 1:
+        # Gradients are averaged where they are, without a second copy.
+        parallel = DistributedDataParallel(training.model, gradient_as_bucket_view=True)
+        # No buffers in every step: `train` copies them before an evaluation. (The argument of this
+        # name gives a warning from torch 2.14 on, and its new name is not in 2.11.)
+        parallel.broadcast_buffers = False
+        training.parallel_model = parallel
 
 
 def run(
@@ -484,7 +504,7 @@ def run(
     Args:
         args: the command line.
         checkpoint: of --resume or --weights; it is emptied once it is loaded.
-        build: called as build(config, pretrained_backbone) to make the model.
+        build: called as build(config, pretrained_backbone=...) to make the model.
     """
     with (
         join_world(args.device) as world,
@@ -506,7 +526,9 @@ def run(
             for dataset in datasets:
                 check_data(dataset, world.rank, world.size)
         # A data set smaller than one batch is one smaller batch, and the rate follows.
-        batch_size = min(config.batch_size, max(len(train_set), world.size))
+        if len(train_set) < world.size:
+            raise UserError(f"{len(train_set)} images are too few for {world.size} processes")
+        batch_size = min(config.batch_size, len(train_set) // world.size * world.size)
         micro_batch = config.micro_batch and min(config.micro_batch, batch_size)
         config = replace(
             config,
@@ -549,6 +571,7 @@ def run(
                 "the processes have found different checkpoints; put --output on a disk that all "
                 "machines share"
             )
+        share_gradients(training)
         report.summary(training, train_set, val_set, notes)
         return train(training, loader, val_set, args.output, report)
 

@@ -123,7 +123,7 @@ def _problem(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
         return (
             f"the memory is full ({first_line(error)}); take fewer images at a time "
-            "(--micro-batch in training, which changes no result; --batch-size in evaluate.py), "
+            "(--micro-batch in training, --batch-size in evaluate.py), "
             "--amp bf16, a smaller --max-size, or fewer --workers"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:

@@ -174,14 +174,14 @@ class Report:
         """Ends the time that the step has waited for its images."""
         self.loaded = time.perf_counter()
 
-    def step(self, training: Any, values: dict[str, float], num_images: int) -> None:
+    def step(self, training: Any, values: dict[str, float]) -> None:
         """Adds a step's values to the epoch's and shows them.
 
         Args:
             training: after the step.
             values: of `train_step`; those of a skipped step are only counted.
-            num_images: in the whole batch.
         """
+        num_images = training.config.batch_size
         now = time.perf_counter()
         is_taken = training.bad_in_a_row == 0
         values = with_sums(values) if is_taken else {"bad_steps": 1}

@@ -20,7 +20,7 @@ from torch import nn
 from config import PRESETS, Config
 from shapes import ShapesDataset
 from support.distributed import World
-from train import Training, start_training, train_step
+from train import Training, share_gradients, start_training, train_step
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "tests/reference"
@@ -139,6 +139,7 @@ class AlmostRight(nn.Module):
 def new_training(config: Config, world: World = CPU, steps_per_epoch: int = 10) -> Training:
     """A model of `config` and its optimizer, ready for `take_step`."""
     training = start_training(config, world, ShapesDataset("demo", "train", 4), steps_per_epoch)
+    share_gradients(training)
     training.model.train()
     return training
 
