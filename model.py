@@ -80,8 +80,8 @@ class SparseRCNN(nn.Module):
         self.proposal_feats = nn.Parameter(init_feats.clone())  # (N, C)
 
         # Constants, which follow the model to a device but are not in its checkpoints.
-        self.register_buffer("mean", _constant(IMAGENET_MEAN), persistent=False)
-        self.register_buffer("std", _constant(IMAGENET_STD), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def forward(
         self,
@@ -241,11 +241,6 @@ class SparseRCNN(nn.Module):
             fold_batch_norms(fast.backbone)
         fast.backbone.to(memory_format=torch.channels_last)
         return fast
-
-
-def _constant(rgb: tuple[float, float, float]) -> Tensor:
-    """(3, 1, 1) float32, whatever the default dtype is."""
-    return torch.tensor(rgb, dtype=torch.float32)[:, None, None]
 
 
 class Interaction(DynamicInteraction):

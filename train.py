@@ -356,7 +356,7 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
             f"goes from {before:.2g} to {after:.2g}"
         )
     is_other = schedule.get("validation", training.validation_key) != training.validation_key
-    if is_other or not (output / "best.pt").exists():
+    if training.best >= 0 and (is_other or not (output / "best.pt").exists()):
         training.best = -1.0
         line += "; the best AP starts afresh" + (", on other validation data" if is_other else "")
     return line
@@ -424,7 +424,8 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
     args = replace(parse(TrainArgs(config=default)), resume=args.resume, output=output)
     for name in NETWORK:
         asked, has = getattr(args.config, name), getattr(config, name)
-        if asked != has:
+        # Others' files and bare state dicts only tell what can be read off their shapes.
+        if asked != has and name in checkpoint["config"]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{flag} {asked}: the network of {path} has {flag} {has}, and its weights fit no "
@@ -448,9 +449,8 @@ def start_training(
     """A new model, and AdamW over all of its parameters that are trained (paper)."""
     torch.manual_seed(config.seed)
     try:
-        model = build(config).to(world.device)
         # Convolutions are faster with the channels last in memory, most of all in bfloat16.
-        model.backbone.to(memory_format=torch.channels_last)
+        model = build(config).to(world.device, memory_format=torch.channels_last)
     except FileNotFoundError as error:
         flags = "--no-pretrained-backbone --no-freeze-backbone"
         raise UserError(f"{error}. On the command line these are {flags}") from None

@@ -94,7 +94,7 @@ def join_world(device_name: str) -> Iterator[World]:
     except (ValueError, RuntimeError) as error:  # a variable is missing, or nobody answers
         raise UserError(
             "RANK is set in the environment, but the processes of a run cannot be joined "
-            f"({first_line(error)}); start with torchrun, or unset RANK"
+            f"({first_line(error)}); start with torchrun, unset RANK, or check the network"
         ) from None
     yield World(device, dist.get_rank(), dist.get_world_size())
     # Not after an error: NCCL would wait here for processes that wait for this one.

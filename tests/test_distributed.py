@@ -129,7 +129,7 @@ def test_variables_that_a_launcher_left_behind(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    words = f"RANK is set.*{problem}.*start with torchrun, or unset RANK"
+    words = f"RANK is set.*{problem}.*start with torchrun, unset RANK"
     with pytest.raises(UserError, match=words), join_world("cpu"):
         pass
 
