@@ -134,12 +134,15 @@ def fold_batch_norms(module: nn.Module) -> None:
     """
     for parent in list(module.modules()):
         for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
+            if not isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
+                continue
+            mean, variance = norm.running_mean, norm.running_var
+            if isinstance(conv, nn.Conv2d) and mean is not None and variance is not None:
                 conv.weight, conv.bias = fuse_conv_bn_weights(
                     conv.weight,
                     conv.bias,
-                    norm.running_mean,
-                    norm.running_var,
+                    mean,
+                    variance,
                     norm.eps,
                     norm.weight,
                     norm.bias,

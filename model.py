@@ -136,7 +136,8 @@ class SparseRCNN(nn.Module):
         batch, whwh_px = self.prepare(images)  # (B, 3, H, W), (B, 4)
         pyramid = self.backbone(batch)
         boxes_px = self.initial_boxes_px(whwh_px)  # (B, N, 4)
-        pro_feats = self.proposal_feats.expand(len(batch), -1, -1)  # (B, N, C)
+        # Cloned, because FlopCounterMode fails on a view of a parameter under no_grad.
+        pro_feats = self.proposal_feats.expand(len(batch), -1, -1).clone()  # (B, N, C)
         logits, boxes_px = self.head(pyramid, boxes_px, pro_feats)
         return logits, boxes_px, whwh_px
 
