@@ -398,6 +398,12 @@ def config_of(checkpoint: dict[str, Any], path: str | Path, preset: Config | Non
                 f"{path}: holds only weights; name the --preset that they were trained with (see "
                 "README, Save your own)"
             )
+        for name in ("backbone", "hidden_dim", "dynamic_dim", "ffn_dim", "roi_size"):
+            if values[name] != getattr(preset, name):
+                raise UserError(
+                    f"{path}: is not of --preset {preset.preset}: its {name} is {values[name]}, "
+                    f"not {getattr(preset, name)}"
+                )
         values = {**preset.to_dict(), **values}
     try:
         return Config.from_dict(values)

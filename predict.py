@@ -99,7 +99,11 @@ class Predictor:
             model, checkpoint = load_model(weights, self.device, PRESETS.get(preset))
             self.model, sizes = model.for_inference(), checkpoint["config"]
             self.class_names, self.backbone = checkpoint["class_names"], sizes.backbone
-        self.resize = ShortestSize((test_size or sizes.test_size,), max_size or sizes.max_size)
+        test_size = sizes.test_size if test_size is None else test_size
+        max_size = sizes.max_size if max_size is None else max_size
+        if min(test_size, max_size) < 1:
+            raise UserError("--test-size and --max-size should be at least 1 pixel")
+        self.resize = ShortestSize((test_size,), max_size)
 
         if unknown := [name for name in classes if name not in self.class_names]:
             known = ", ".join(self.class_names)

@@ -45,6 +45,8 @@ from support.loader import make_train_loader
 from support.report import Report
 from support.signals import StopSignal
 
+# Settings that are no part of a recipe.
+OF_THE_MACHINE = ("amp", "compile", "workers", "micro_batch", "checkpoint_minutes")
 # Settings that an AP depends on.
 VALIDATION = ("val_json", "val_images", "data", "shapes_val", "eval_size", "max_size", "max_dets")
 FEW_STEPS = 300  # hardly enough to learn anything from random weights
@@ -398,7 +400,11 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
     args = parse(TrainArgs(config=preset))
     if {"--lr", "--lr-at-16"} <= given:
         raise UserError("--lr-at-16 has no effect beside --lr; leave one of them out")
+    if args.weights and args.resume not in (None, "auto"):
+        raise UserError("--weights has no effect beside --resume FILE; leave one of them out")
     last = args.output / "last.pt"
+    if args.resume == "auto" and not last.exists():
+        print(f"note: {last} is not there, so nothing is resumed", flush=True)
     if args.resume == "auto":
         args = replace(args, resume=str(last) if last.exists() else None)
     path = args.resume or args.weights
@@ -406,7 +412,7 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
         return args, None
 
     checkpoint = load_checkpoint(path)
-    config = config_of(checkpoint, path, preset)
+    config = config_of(checkpoint, path, preset if "--preset" in given else None)
     if args.resume:
         if "--preset" in given and preset.preset != config.preset:
             raise UserError(f"{path}: is a run of --preset {config.preset}; leave out --preset")
@@ -414,8 +420,12 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
             raise UserError(f"--lr-at-16: {path} is a run with --lr {config.lr}; change that")
         default = config
     else:
-        names = ("train_json", "train_images", "val_json", "val_images", "data", "test_size")
+        names = [*OF_THE_MACHINE, *("train_json", "train_images", "val_json", "val_images", "data")]
+        if "--min-sizes" in given:
+            names.append("test_size")
         recipe = replace(config, **{name: getattr(preset, name) for name in names})
+        rate_at_16 = peak_rate(config) * 16 / config.batch_size  # for any --batch-size
+        recipe = replace(recipe, lr=None, lr_at_16=rate_at_16)
         recipe = preset if "--preset" in given else recipe
         default = replace(recipe, **{name: getattr(config, name) for name in NETWORK})
     output = args.output

@@ -108,7 +108,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 "because a pickle can run any code; save the state dict alone"
             )
         else:
-            reason = f"{first_line(error)}; is it cut off, or another kind of file?"
+            size = os.path.getsize(path)
+            reason = f"it has {size:,} bytes; is it cut off, or another kind of file?"
         raise UserError(f"{path}: cannot be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__

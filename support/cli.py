@@ -1,6 +1,7 @@
 """What all command lines share: how they are read and how they end."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -96,6 +97,7 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
         problem = _problem(error)
         if problem is None:
             raise
+    gc.collect()  # the error held on to workers, which would end with noise after the line below
     if not is_main or problem.startswith(LOST):
         # The main process says at once what all of them have met, and the one that failed says what
         # the others have lost. Then torchrun ends this process, here. Otherwise it has to speak.

@@ -120,6 +120,8 @@ def test_weights_saved_by_a_loop_of_ones_own(prefix: str, tmp_path: Path) -> Non
     torch.save({"model": state_dict, "epoch": 3} if prefix else state_dict, tmp_path / "own.pt")
     with pytest.raises(UserError, match=r"own\.pt: holds only weights.*--preset"):
         load_model(tmp_path / "own.pt")
+    with pytest.raises(UserError, match="not of --preset shapes: its hidden_dim is 16, not 64"):
+        load_model(tmp_path / "own.pt", preset=PRESETS["shapes"])
     preset = replace(TINY, num_proposals=99, num_stages=9, num_classes=9)  # shapes tell these
     loaded, rest = load_model(tmp_path / "own.pt", preset=preset)
     for name, value in model.state_dict().items():

@@ -259,7 +259,7 @@ def test_resume_auto_starts_afresh_or_goes_on(
     module_flags: list[str], uninterrupted: Path, tmp_path: Path, capsys
 ) -> None:
     flags = [*module_flags, "--output", str(tmp_path), "--resume", "auto"]
-    assert main(flags) == 0 and "resumed" not in capsys.readouterr().out
+    assert main(flags) == 0 and "so nothing is resumed" in capsys.readouterr().out
     assert main(flags) == 0 and "resumed from" in capsys.readouterr().out
     assert_same_weights(tmp_path / "last.pt", uninterrupted / "last.pt")
 
@@ -600,6 +600,8 @@ def test_the_evaluation_follows_the_training_size(
 def test_flags_without_effect_are_refused(tiny_flags: list[str], tmp_path: Path, capsys) -> None:
     with pytest.raises(UserError, match="--lr-at-16 has no effect beside --lr"):
         main([*tiny_flags, "--lr", "1e-3", "--lr-at-16", "1e-3", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="--weights has no effect beside --resume FILE"):
+        main([*tiny_flags, "--resume", "a.pt", "--weights", "b.pt", "--output", str(tmp_path)])
     with pytest.raises(UserError, match="--local-rank .*torchrun"):
         main([*tiny_flags, "--local-rank=1"])
     with pytest.raises(SystemExit):  # read from the annotations
