@@ -126,13 +126,13 @@ def new_figure(
 
 
 def save_figure(figure: Figure, path: Path, dpi: float = 120) -> None:
-    """Writes a figure as PNG; if that fails, a file that was there before is still whole.
+    """Writes a figure as .png or .jpg; if that fails, a file that was there is still whole.
 
     Raises:
         OSError: the file cannot be written.
     """
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format="png")
+        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:])
 
 
 # --- images and boxes ---

@@ -124,7 +124,7 @@ def test_a_folder_with_a_broken_file(
     expected = Predictor(WEIGHTS, device="cpu")(folder / "a.png")
     assert records[1]["boxes"] == expected["boxes"].tolist()
     written = {path.relative_to(output).as_posix() for path in output.rglob("*.*")}
-    pictures = {f"{where}{name}.png" for where in ("", "stages/") for name in ("A", "a_2", "one")}
+    pictures = {f"{where}{name}.jpg" for where in ("", "stages/") for name in ("A", "a_2", "one")}
     assert written == pictures | {"detections.json"}
 
 
@@ -135,18 +135,19 @@ def test_wanted_classes_are_drawn_in_place_on_a_smaller_copy(
     # The classes are one word, so that they do not swallow the input behind them.
     inputs = ("--classes", "triangle,ellipse", tmp_path / "a.png")
     assert run(*inputs, "--output", tmp_path / "out") == 0
-    picture = np.asarray(Image.open(tmp_path / "out" / "a.png")).astype(int)
+    picture = np.asarray(Image.open(tmp_path / "out" / "a.jpg")).astype(int)
     assert picture.shape == (800, 1600, 3)
     [record] = read_records(tmp_path / "out")
     assert set(record["names"]) == {"triangle", "ellipse"}
     for (x1, _, x2, y2), label in zip(record["boxes"], record["labels"], strict=True):
         ink = [int(colour(label)[i : i + 2], 16) for i in (1, 3, 5)]
         lower_side = picture[round(y2 / 2) - 2 : round(y2 / 2) + 1, round(x1 / 2) : round(x2 / 2)]
-        assert (np.abs(lower_side - ink) < 9).all()
+        assert (np.abs(lower_side - ink) < 12).all()
 
 
 def test_wrong_arguments(shape: Image.Image, tmp_path: Path) -> None:
     shape.save(tmp_path / "a.png")
+    shape.save(tmp_path / "a.jpg")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--weights .*assets/blood\.pt.*sparse-rcnn-r50-100"):
         main([str(tmp_path / "a.png")])
@@ -157,25 +158,25 @@ def test_wrong_arguments(shape: Image.Image, tmp_path: Path) -> None:
         ("", "/dev/zero"): "'' is neither",
         (tmp_path / "a.png", "--score-threshold", "2"): "0 … 1",
         (tmp_path / "a.png", "--classes", "cat"): r"\['cat'\]; it has ellipse, rectangle, triangle",
-        (tmp_path / "a.png", "--output", tmp_path): r"a\.png is one of the inputs",
+        (tmp_path / "a.jpg", "--output", tmp_path): r"a\.jpg is one of the inputs",
     }.items():
         with pytest.raises(UserError, match=words):
             run(*arguments)
-    assert sorted(os.listdir(tmp_path)) == ["a.png", "empty"]
+    assert sorted(os.listdir(tmp_path)) == ["a.jpg", "a.png", "empty"]
 
 
 def test_no_picture_overwrites_another_or_an_input(shape: Image.Image, tmp_path: Path) -> None:
-    files = [Path(name) for name in ("x/a.jpg", "x/a.png", "y/A.png", "x/a_2.jpg", "b.png")]
-    assert output_names(files) == ["a.png", "a_2.png", "A_3.png", "a_2_2.png", "b.png"]
+    files = [Path(name) for name in ("x/a.png", "x/a.jpg", "y/A.png", "x/a_2.jpg", "b.png")]
+    assert output_names(files) == ["a.jpg", "a_2.jpg", "A_3.jpg", "a_2_2.jpg", "b.jpg"]
     # é as one character and as two; macOS does not tell them apart.
-    assert output_names([Path("\u00e9"), Path("e\u0301")]) == ["\u00e9.png", "e\u0301_2.png"]
+    assert output_names([Path("\u00e9"), Path("e\u0301")]) == ["\u00e9.jpg", "e\u0301_2.jpg"]
     (tmp_path / "stages").mkdir()
-    shape.save(tmp_path / "stages" / "a.png")
-    (tmp_path / "link.png").symlink_to(tmp_path / "stages" / "a.png")
+    shape.save(tmp_path / "stages" / "a.jpg")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "stages" / "a.jpg")
     with pytest.raises(UserError, match="is one of the inputs"):
-        run(tmp_path / "stages" / "a.png", "--output", tmp_path, "--stages")
+        run(tmp_path / "stages" / "a.jpg", "--output", tmp_path, "--stages")
     with pytest.raises(UserError, match="is one of the inputs"):
-        run(tmp_path / "link.png", "--output", tmp_path)
+        run(tmp_path / "link.jpg", "--output", tmp_path)
 
 
 def test_images_of_any_shape_without_detections(folder: Path, tmp_path: Path) -> None:
@@ -186,8 +187,9 @@ def test_images_of_any_shape_without_detections(folder: Path, tmp_path: Path) ->
         assert run(folder, "--output", tmp_path / "out", "--score-threshold", "0.9") == 0
     assert len(read_records(tmp_path / "out")) == 9
     for name, size in (("3000", (1600, 1)), ("1", (1, 1600)), ("640", (640, 480))):
-        assert Image.open(tmp_path / "out" / f"{name}.png").size == size
-    assert (np.asarray(Image.open(tmp_path / "out" / "640.png")) == (9, 99, 199)).all()
+        assert Image.open(tmp_path / "out" / f"{name}.jpg").size == size
+    colours = np.asarray(Image.open(tmp_path / "out" / "640.jpg")).astype(int)
+    assert (np.abs(colours - (9, 99, 199)) < 3).all()
 
 
 def test_names_of_classes_and_files_are_right_in_any_locale(folder: Path, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_names_of_classes_and_files_are_right_in_any_locale(folder: Path, tmp_pa
     assert {name for record in records for name in record["names"]} == set(classes)
     found = [os.path.basename(os.fsencode(record["file"])) for record in records]
     assert len(found) == 5 and set(files) < set(found)
-    assert (tmp_path / "out" / "stages" / "猫 ×.png").exists()
+    assert (tmp_path / "out" / "stages" / "猫 ×.jpg").exists()
 
 
 # --- threads, and how a run ends ---
@@ -239,7 +241,7 @@ ENDS = {  # what happens, and the exit code
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("name", ["a.png", "d.png"])
+@pytest.mark.parametrize("name", ["a.jpg", "d.jpg"])
 def test_whatever_ends_a_run_what_was_done_is_kept(
     name: str, end: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,9 +256,9 @@ def test_whatever_ends_a_run_what_was_done_is_kept(
     with pytest.raises((SystemExit, ZeroDivisionError)) as caught:
         sys.exit(run_main(lambda: run(folder, "--output", output), "predict.py"))
     assert getattr(caught.value, "code", None) == status
-    if name == "a.png":  # nothing was done: the earlier results stay
+    if name == "a.jpg":  # nothing was done: the earlier results stay
         assert (output / "detections.json").read_text() == "yesterday's"
         assert os.listdir(output) == ["detections.json"]
     else:
         assert stems(output) == "abc"
-        assert sorted(os.listdir(output)) == ["a.png", "b.png", "c.png", "detections.json"]
+        assert sorted(os.listdir(output)) == ["a.jpg", "b.jpg", "c.jpg", "detections.json"]
