@@ -93,9 +93,7 @@ class Predictor:
         self.batch_size = batch_size
         self.amp = amp
         if Path(weights).suffix.lower() == ".onnx":
-            if amp != "off":
-                raise UserError(f"{weights}: an ONNX file has its own precision; leave out --amp")
-            self.model = OnnxDetector(weights, self.device)
+            self.model = OnnxDetector(weights, self.device, amp)
             self.class_names, self.backbone, sizes = self.model.class_names, "", self.model
         else:
             model, checkpoint = load_model(weights, self.device, PRESETS.get(preset))

@@ -3,17 +3,20 @@
 In:  images (3, H, W) uint8 RGB, each of its own size, as a list.
 Out: for each image a dict of `boxes` (n, 4) xyxy pixels, `scores` (n,) and `labels` (n,).
 
-`python -m tools.export` writes such files. onnxruntime runs them without PyTorch; here the tensors
-are PyTorch's only so that `predict.py` can put the file in the place of a checkpoint. Beside the
-model a file holds, as metadata in JSON, what cannot be read off its graph (`METADATA`).
+`python -m tools.export` writes such files. On a CPU, OpenVINO runs them where it is installed, and
+otherwise onnxruntime, which also knows GPUs. Neither needs PyTorch; here the tensors are PyTorch's
+only so that `predict.py` can put the file in the place of a checkpoint. Beside the model a file
+holds, as metadata in JSON, what cannot be read off its graph (`METADATA`).
 
 Shapes: n detections of an image, K classes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +35,8 @@ class OnnxDetector:
         path: a file that `python -m tools.export` wrote.
         device: "cuda" runs it on the GPU if onnxruntime can, else on the CPU with a warning. All
             other devices mean the CPU.
+        amp: "off" computes in the file's own float32, and "bf16" in bfloat16, which only OpenVINO
+            can, on processors that have it.
 
     Attributes:
         class_names: K names, in the order of the labels.
@@ -40,8 +45,8 @@ class OnnxDetector:
         max_size: pixels, the limit of its longest side.
 
     Raises:
-        UserError: onnxruntime is not installed, or the file is missing, damaged, or not from
-            `python -m tools.export`.
+        UserError: neither of the two is installed, or it cannot compute as `amp` says, or the file
+            is missing, damaged, or not from `python -m tools.export`.
     """
 
     class_names: list[str]
@@ -49,27 +54,28 @@ class OnnxDetector:
     test_size: int
     max_size: int
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
-        try:
-            import onnxruntime  # only here, so that nothing but ONNX files needs it
-        except ImportError as error:
-            raise UserError(f"{path}: {first_line(error)}; pip install onnxruntime") from None
+    def __init__(
+        self, path: str | Path, device: torch.device | str = "cpu", amp: str = "off"
+    ) -> None:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
-
         device = torch.device(device)
-        providers = ["CPUExecutionProvider"]
-        if device.type == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # its errors are raised anyway; do not print them as well
+        with_openvino = device.type != "cuda" and find_spec("openvino") is not None
+        if amp != "off" and not (amp == "bf16" and with_openvino):
+            raise UserError(
+                f"--amp {amp}: {path} has its own precision; only in OpenVINO (pip install "
+                "openvino), on a CPU, can it be bf16 instead"
+            )
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-            metadata = self._session.get_modelmeta().custom_metadata_map
+            if with_openvino:
+                self._run, metadata = _openvino(path, amp)
+            else:
+                self._run, metadata = _onnxruntime(path, device)
             for name in METADATA:
                 setattr(self, name, json.loads(metadata[name]))
-        except Exception as error:  # the errors of onnxruntime have no base class of their own
+        except ImportError as error:
+            raise UserError(f"{path}: {first_line(error)}; pip install onnxruntime") from None
+        except Exception as error:  # the errors of both have no base class of their own
             raise UserError(
                 f"{path}: damaged, or not a file of ours ({first_line(error)}); write it with "
                 "`python -m tools.export CHECKPOINT FILE.onnx`"
@@ -87,8 +93,42 @@ class OnnxDetector:
         """
         results = []
         for image in images:
-            pixels = image.cpu().contiguous().numpy()
-            arrays = self._session.run(list(OUTPUTS), {INPUT: pixels})
-            tensors = [torch.from_numpy(array) for array in arrays]
-            results.append(dict(zip(OUTPUTS, tensors, strict=True)))
+            arrays = self._run({INPUT: image.cpu().contiguous().numpy()})
+            results.append({name: torch.from_numpy(arrays[name]) for name in OUTPUTS})
         return results
+
+
+# --- what runs it: a function from {INPUT: array} to arrays by name, and the metadata ---
+
+
+def _openvino(path: str | Path, amp: str) -> tuple[Callable, dict[str, str]]:
+    """On a CPU, nothing is faster."""
+    import openvino  # only here, so that nothing but ONNX files needs it
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    settings = {
+        # Without this hint it takes bfloat16 wherever the processor has that, and loses AP.
+        "INFERENCE_PRECISION_HINT": "bf16" if amp == "bf16" else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    metadata = {name: model.get_rt_info(["framework", name]).value for name in METADATA}
+    return core.compile_model(model, "CPU", settings), metadata
+
+
+def _onnxruntime(path: str | Path, device: torch.device) -> tuple[Callable, dict[str, str]]:
+    """On a CPU, and on a GPU where the package for GPUs is installed."""
+    import onnxruntime
+
+    providers = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # its errors are raised anyway; do not print them as well
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+    def run(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(OUTPUTS, session.run(OUTPUTS, arrays), strict=True))
+
+    return run, session.get_modelmeta().custom_metadata_map
