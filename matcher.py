@@ -33,6 +33,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+OBJECTS_AT_A_TIME = 128  # in `cost`
+
 
 class Assignment(NamedTuple):
     """Matched pairs of all stages and images; each field is (P,) int64 on the logits' device."""
@@ -79,44 +81,50 @@ class HungarianMatcher(nn.Module):
             (M, S, N) float32: for each object, all proposals of its own image in all stages. No
             other image's proposals are compared with it, because it cannot be given to them.
         """
-        # Row m of everything below belongs to object m: its class, its box, and its image.
+        # Row m of everything below belongs to object m: its class, its image, and its box.
         label = torch.cat([target["labels"] for target in targets])  # (M,)
-        object_px = torch.cat([target["boxes"] for target in targets]).float()[:, None]  # (M, 1, 4)
         image = torch.cat([torch.full_like(t["labels"], i) for i, t in enumerate(targets)])  # (M,)
-        whwh_px = whwh_px[image][:, None]  # (M, 1, 4)
+        object_px = torch.cat([target["boxes"] for target in targets]).float()  # (M, 4)
+        rows = (label, image, object_px[:, None, None], whwh_px[image][:, None, None])
+
+        logits = logits.permute(1, 3, 0, 2)  # (B, K, S, N)
+        # In memory first every x1, then every y1 and so on: sums over the four are faster that way.
+        boxes_px = boxes_px.permute(3, 1, 0, 2).float().contiguous()  # (4, B, S, N)
 
         costs = []
-        # One stage at a time, all images at once. With few objects per image, a loop over images
-        # would take longer to start its many small operations than to compute them.
-        for stage_logits, stage_boxes_px in zip(logits, boxes_px, strict=True):
-            # What the N proposals of its image predict: a logit for the object's class, and a box.
-            logit = stage_logits.transpose(1, 2)[image, label].float()  # (B, K, N) -> (M, N)
-            box_px = stage_boxes_px[image].float()  # (B, N, 4) -> (M, N, 4)
+        # m objects at a time, in all stages. One object or one image at a time, it would take
+        # longer to start the many small operations than to compute them. All M at a time, crowded
+        # images would not fit into a processor's cache.
+        blocks = [values.split(OBJECTS_AT_A_TIME) for values in rows]
+        for label, image, object_px, whwh_px in zip(*blocks, strict=True):
+            # What the proposals of its image predict: a logit for the object's class, and a box.
+            logit = logits[image, label].float()  # (m, S, N)
+            box_px = boxes_px[:, image].permute(1, 2, 3, 0)  # (m, S, N, 4)
 
             # Class: the focal loss if the proposal gets this object, minus the loss if it does not.
             #   C_cls = −α (1 − p)^γ log(p) + (1 − α) p^γ log(1 − p),    p = sigmoid(logit)
             p = logit.sigmoid()
             positive = self.alpha * (1 - p) ** self.gamma * -(p + 1e-8).log()
             negative = (1 - self.alpha) * p**self.gamma * -(1 - p + 1e-8).log()
-            cost_class = positive - negative  # (M, N)
+            cost_class = positive - negative  # (m, S, N)
 
             # L1: how far the corners are from the object's, in fractions of the image's width and
             # height: in pixels, this term would count more in large images. (The paper has centre,
             # width and height in place of the corners; the authors' code has the corners.)
             #   C_L1 = |x1 − x1*| / W + |y1 − y1*| / H + |x2 − x2*| / W + |y2 − y2*| / H
-            cost_l1 = (box_px / whwh_px - object_px / whwh_px).abs().sum(-1)  # (M, N)
+            cost_l1 = (box_px / whwh_px - object_px / whwh_px).abs().sum(-1)  # (m, S, N)
 
             # GIoU: overlap relative to the size of the boxes. To L1 alone, 10 pixels are as far for
             # a box of 10 pixels as for one of 500.
             #   C_giou = −GIoU
-            cost_giou = -generalized_iou(box_px, object_px)  # (M, N)
+            cost_giou = -generalized_iou(box_px, object_px)  # (m, S, N)
 
             costs.append(
                 self.class_weight * cost_class
                 + self.l1_weight * cost_l1
                 + self.giou_weight * cost_giou
             )
-        return torch.stack(costs, dim=1)
+        return torch.cat(costs)
 
     @torch.no_grad()
     def forward(

@@ -54,9 +54,10 @@ def test_equals_brute_force_over_permutations() -> None:
 
 def test_cost_equals_the_formulas() -> None:
     logits, boxes_px, whwh_px = predictions(S=2, B=3, N=5, K=4)
-    targets = [objects(m, 4, *whwh_px[b, :2].tolist(), seed=b) for b, m in enumerate((1, 3, 2))]
+    counts = (1, 200, 99)  # more than are computed at a time
+    targets = [objects(m, 4, *whwh_px[b, :2].tolist(), seed=b) for b, m in enumerate(counts)]
     cost = HungarianMatcher().cost(logits, boxes_px, targets, whwh_px)
-    assert cost.shape == (6, 2, 5)  # (M, S, N)
+    assert cost.shape == (300, 2, 5)  # (M, S, N)
     assert cost.dtype == torch.float32
     for s in range(2):
         by_hand = [
