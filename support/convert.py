@@ -10,31 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from support.errors import UserError
 
+_BLOCK = r"backbone\.bottom_up\.res(\d)\.(\d+)\."
+_OUR_BLOCK = r"backbone.body.layer{level}.\2."
 _STAGE = r"head\.head_series\.(\d+)\."
 _AUTHORS = [
     (r"init_proposal_boxes\.weight", r"proposal_boxes"),
     (r"init_proposal_features\.weight", r"proposal_feats"),
     (r"backbone\.bottom_up\.stem\.conv1\.norm\.(.+)", r"backbone.body.bn1.\1"),
     (r"backbone\.bottom_up\.stem\.conv1\.(.+)", r"backbone.body.conv1.\1"),
-    (
-        r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.norm\.(.+)",
-        r"backbone.body.layer{level}.\2.downsample.1.\3",
-    ),
-    (
-        r"backbone\.bottom_up\.res(\d)\.(\d+)\.shortcut\.(.+)",
-        r"backbone.body.layer{level}.\2.downsample.0.\3",
-    ),
-    (
-        r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)",
-        r"backbone.body.layer{level}.\2.bn\3.\4",
-    ),
-    (
-        r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.(.+)",
-        r"backbone.body.layer{level}.\2.conv\3.\4",
-    ),
+    (_BLOCK + r"shortcut\.norm\.(.+)", _OUR_BLOCK + r"downsample.1.\3"),
+    (_BLOCK + r"shortcut\.(.+)", _OUR_BLOCK + r"downsample.0.\3"),
+    (_BLOCK + r"conv(\d)\.norm\.(.+)", _OUR_BLOCK + r"bn\3.\4"),
+    (_BLOCK + r"conv(\d)\.(.+)", _OUR_BLOCK + r"conv\3.\4"),
     (r"backbone\.fpn_lateral(\d)\.(.+)", r"backbone.fpn.inner_blocks.{pyramid}.0.\2"),
     (r"backbone\.fpn_output(\d)\.(.+)", r"backbone.fpn.layer_blocks.{pyramid}.0.\2"),
     (_STAGE + r"self_attn\.(.+)", r"head.stages.\1.self_attn.\2"),
@@ -78,24 +69,12 @@ _MMDET = [
 _RULES = [(re.compile(pattern), ours) for pattern, ours in _AUTHORS + _MMDET]
 
 # COCO's 80 classes in the order of their category ids, which leave out ten of 1 … 90.
-_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-_NAMES = """
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
-giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
-baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,
-knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
-cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
-cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-hair drier, toothbrush
-"""
-COCO_CLASSES: dict[int, str] = dict(
-    zip(
-        [number for number in range(1, 91) if number not in _UNUSED_IDS],
-        _NAMES.replace("\n", " ").strip().split(", "),
-        strict=True,
-    )
-)
+_OF_TORCHVISION = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_CLASSES: dict[int, str] = {
+    number: name
+    for number, name in enumerate(_OF_TORCHVISION)
+    if name not in ("__background__", "N/A")
+}
 
 
 def rename(key: str) -> str | None:
