@@ -69,50 +69,6 @@ def test_equals_numpy_in_float64(counts: tuple[int, ...], num_objects: float | N
         assert losses[name].item() == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
-def test_unmatched_proposals_get_a_class_gradient_and_no_box_gradient() -> None:
-    logits, boxes_px, whwh_px = predictions(S, B, N, K)
-    targets = make_targets((2, 0, 3), whwh_px)
-    logits.requires_grad_()
-    boxes_px.requires_grad_()
-    sum(SetCriterion(HungarianMatcher())(logits, boxes_px, targets, whwh_px).values()).backward()
-    assignment = HungarianMatcher()(logits, boxes_px, targets, whwh_px)
-    is_matched = torch.zeros(S, B, N, dtype=torch.bool)
-    is_matched[assignment.stage, assignment.image, assignment.proposal] = True
-    assert (logits.grad != 0).all()
-    assert ((boxes_px.grad != 0).any(-1) == is_matched).all()
-
-
-def test_parts_of_a_batch_add_up_to_the_whole() -> None:
-    logits, boxes_px, whwh_px = predictions(S, B, N, K)
-    targets, criterion = make_targets((3, 0, 2), whwh_px), SetCriterion(HungarianMatcher())
-    whole = criterion(logits, boxes_px, targets, whwh_px)
-    parts = []
-    for b in range(B):
-        one = slice(b, b + 1)
-        part = criterion(
-            logits[:, one], boxes_px[:, one], targets[one], whwh_px[one], num_objects=5
-        )
-        parts.append(part)
-    for name, value in whole.items():
-        assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-5)
-
-
-def test_a_perfect_prediction_costs_nothing_and_a_duplicate_does() -> None:
-    target = {"boxes": torch.tensor([[10.0, 10.0, 40.0, 30.0]]), "labels": torch.tensor([1])}
-    boxes_px = target["boxes"].expand(1, 1, 2, 4)
-    whwh_px, criterion = torch.full((1, 4), 64.0), SetCriterion(HungarianMatcher())
-
-    perfect = torch.full((1, 1, 2, K), -20.0)
-    perfect[0, 0, 0, 1] = 20.0
-    losses = criterion(perfect, boxes_px, [target], whwh_px)
-    assert sum(losses.values()).item() == pytest.approx(0, abs=1e-4)
-
-    duplicate = perfect.clone()
-    duplicate[0, 0, 1, 1] = 20.0
-    losses = criterion(duplicate, boxes_px, [target], whwh_px)
-    assert losses["loss_cls_0"].item() == pytest.approx(2 * 0.75 * 20, rel=1e-3)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_and_tiny_logits_in_half_precision(dtype: torch.dtype) -> None:
     logits = torch.tensor([-6e4, -50.0, -1e-7, 1e-7, 50.0, 6e4], dtype=dtype).view(1, 1, 6, 1)
