@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -21,30 +20,14 @@ from support.loader import make_loader, workers_that_fit
 
 
 class Mixed(torch.utils.data.Dataset):
-    """Images of odd sizes with 0, 1, … objects. Image 0 has channels last in memory."""
+    """Images with 0, 1, … objects."""
 
     def __len__(self) -> int:
         return 200
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
-        generator = torch.Generator().manual_seed(index)
-        pixels = torch.randint(256, (3, 5 + index % 7, 9), dtype=torch.uint8, generator=generator)
-        pixels = pixels if index else pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        boxes = torch.rand(index % 4, 4, generator=generator)
-        return pixels, {"boxes": boxes, "labels": torch.arange(index % 4), "image_id": 1000 + index}
-
-
-def test_a_batch_from_a_worker_is_the_batch_itself() -> None:
-    batches = [[0, 3], [7, 6, 5], [1]]
-    loaded = make_loader(Mixed(), batches, workers=1)
-    assert loaded.num_workers == 1
-    for indices, (images, targets) in zip(batches, loaded, strict=True):
-        for index, image, target in zip(indices, images, targets, strict=True):
-            pixels, expected = Mixed()[index]
-            assert torch.equal(image, pixels) and image.stride() == pixels.stride()
-            assert target.keys() == expected.keys() and target["image_id"] == 1000 + index
-            assert torch.equal(target["boxes"], expected["boxes"])
-            assert torch.equal(target["labels"], expected["labels"])
+        boxes = torch.rand(index % 4, 4)
+        return torch.rand(3, 5, 9), {"boxes": boxes, "labels": torch.arange(index % 4)}
 
 
 def test_a_low_limit_of_open_files_is_enough() -> None:
@@ -79,38 +62,23 @@ def test_fewer_workers_where_shared_memory_is_small(monkeypatch: pytest.MonkeyPa
 
 
 class Failing(Mixed):
-    def __init__(self, fail: Callable[[], None]):
-        self.fail = fail
+    def __init__(self, error: Exception | None):
+        self.error = error
 
     def __getitem__(self, index: int) -> None:
-        self.fail()
+        if self.error is not None:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGKILL)  # as by a system without memory
 
 
-def get_killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)  # as by a system without memory
-
-
-def refuse() -> None:
-    raise UserError("a.jpg: cannot be read as an image")
-
-
-def crash() -> None:
-    raise RuntimeError("ours to mend")
-
-
-KILLED = r"a process that loads images was killed \(.*\).*; give fewer --workers"
-
-
-@pytest.mark.parametrize(
-    ("fail", "words"), [(get_killed, KILLED), (refuse, r"a\.jpg: cannot be read as an image")]
-)
-def test_what_a_worker_fails_on_is_one_line(fail: Callable, words: str, capfd) -> None:
-    failing = make_loader(Failing(fail), [[0], [1]], workers=1)
-    assert run_main(lambda: list(failing) and 0, "x.py") == 2
-    assert re.fullmatch(rf"x\.py: {words}\n", capfd.readouterr().err)
-
-
-def test_a_bug_in_a_worker_keeps_its_trace() -> None:
-    buggy = make_loader(Failing(crash), [[0]], workers=1)
+def test_what_a_worker_fails_on_is_one_line_and_a_bug_keeps_its_trace(capfd) -> None:
+    for error, words in (
+        (None, r"a process that loads images was killed \(.*\).*; give fewer --workers"),
+        (UserError("a.jpg: cannot be read"), r"a\.jpg: cannot be read"),
+    ):
+        failing = make_loader(Failing(error), [[0], [1]], workers=1)
+        assert run_main(lambda loader=failing: list(loader) and 0, "x.py") == 2
+        assert re.fullmatch(rf"x\.py: {words}\n", capfd.readouterr().err)
+    buggy = make_loader(Failing(RuntimeError("ours to mend")), [[0]], workers=1)
     with pytest.raises(RuntimeError, match=r"(?s)Original Traceback.*ours to mend"):
         run_main(lambda: list(buggy) and 0, "x.py")
