@@ -1,7 +1,8 @@
-"""The page to play with: what it says is what the model does, in Python and in a real browser."""
+"""The pages to play with: they show what the code does, in Python and in a real browser."""
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,14 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision import tv_tensors
 
 import explore
 from data import eval_transforms
+from matcher import HungarianMatcher
 from model import build_model, load_model
 from support.cli import run_main
 from support.pictures import to_image
@@ -139,7 +143,6 @@ def visit() -> Iterator[Any]:
             page = context.new_page()
             page.set_viewport_size({"width": width, "height": 860})
             page.goto(path.as_uri())
-            page.wait_for_function("window.explore || frames[0]?.explore")
             return page
 
         yield open_page
@@ -225,3 +228,41 @@ def test_other_checkpoints_phones_and_frames(visit: Any, blood: Any, tmp_path: P
     inside = visit(tmp_path / "frame.html").frames[1]
     assert inside.evaluate("document.documentElement.scrollWidth") <= 1000
     assert inside.locator("#play").bounding_box()["y"] < 700
+
+
+# --- the toy of notebook 4 ---
+
+
+@pytest.fixture(scope="module")
+def toy(visit: Any) -> Any:
+    return visit(ROOT / "notebooks/matching.html")
+
+
+def test_the_toy_assigns_as_scipy_does(toy: Any) -> None:
+    for cost in np.random.default_rng(0).normal(size=(50, 3, 4)).round(3):
+        best = cost[linear_sum_assignment(cost)].sum()
+        assert toy.evaluate("c => total(c, hungarian(c))", cost.tolist()) == pytest.approx(best)
+        assert toy.evaluate("c => total(c, greedy(c))", cost.tolist()) >= best - 1e-9
+
+
+def test_the_toy_shows_the_cost_of_the_matcher_for_the_boxes_that_were_dragged(toy: Any) -> None:
+    assert "Greedy takes" in toy.inner_text("#verdict")
+    box = toy.locator('[aria-label="proposal 0"]').bounding_box()
+    x, y = box["x"] + box["width"] - 8, box["y"] + 30
+    toy.mouse.move(x, y)
+    toy.mouse.down()
+    toy.mouse.move(x + 70, y + 20, steps=4)
+    toy.mouse.up()
+    toy.locator('[aria-label="proposal 1"]').press("ArrowRight")
+    toy.locator("#score1").fill("0.3")
+    assert "Both find" in toy.inner_text("#verdict")
+
+    state = toy.evaluate("state")
+    assert state["proposals"][0][0] > 40 and state["proposals"][1][0] == 13
+    target = {"boxes": torch.tensor(state["objects"]).float(), "labels": torch.tensor([0, 0])}
+    logits = torch.tensor(state["scores"]).logit()[None, None, :, None]
+    boxes_px = torch.tensor(state["proposals"])[None, None]
+    cost = HungarianMatcher().cost(logits, boxes_px, [target], torch.tensor([[96.0, 72, 96, 72]]))
+    cells = toy.locator("#matrix td").all_inner_texts()
+    shown = [re.search(r"−?\d+\.\d\d", cell)[0].replace("−", "-") for cell in cells]
+    np.testing.assert_allclose(np.array(shown, float), cost.flatten(), atol=0.006)
