@@ -6,17 +6,16 @@ share is trained once. Finished runs are kept, and a run that was stopped contin
 repeat the command.
 
 In:  every setting of `train.py` (data, schedule, …) as a flag. The defaults are in `ABLATION`.
-Out: --output DIR: tableN.md and tableN.png, written again whenever a run is finished.
+Out: --output DIR: tableN.md, written again whenever a run is finished.
      --runs DIR: a folder per run, such as grid-shapes-seed0 (the variant, the checkpoint of
      --start-from, the seed), with train.py's files, asked.json (the settings) and result.json.
 
 The paper's figures are for COCO after 36 epochs on eight GPUs, ours for a small model on small
 images after minutes. Compare the order of the rows, not the figures. Table 10's rows of DETR are
-left out.
+left out, and so are the times in Tables 7 and 8: `experiments.benchmark` measures speed.
 """
 
 import json
-import math
 import os
 import statistics
 import sys
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from matplotlib.figure import Figure
 
 import train
 from config import PRESETS, Config, preset_from
@@ -46,16 +44,9 @@ from support.report import git_revision
 # The shapes preset with six stages as in the paper, on the crowded level: on the demo level all
 # rows would be near the ceiling.
 ABLATION = replace(PRESETS["shapes"], num_stages=6, data="shapes-crowded", epochs=8)
-# To be watched: fewer stages, proposals and images.
-QUICK = replace(ABLATION, num_stages=3, num_proposals=12, shapes_train=1120, shapes_val=200)
 
 # Settings that do not change what is trained.
 IRRELEVANT = ("preset", "workers", "eval_every", "checkpoint_minutes", "compile")
-
-# Columns with other names or units in the paper than here.
-PAPER_HEADINGS = {"FPS": "FPS", "time": "training, h"}
-OUR_HEADINGS = {"FPS": "images/s", "time": "training, min"}
-
 
 # The paper's tables: what each compares, and the columns of its figures.
 TABLES = {
@@ -63,8 +54,8 @@ TABLES = {
     "4": ("feature reuse in the iterative architecture", "AP AP50 AP75"),
     "5": ("self-attention and instance interaction in the dynamic head", "AP AP50 AP75"),
     "6": ("initialisation of the proposal boxes", "AP AP50 AP75 APs APm APl"),
-    "7": ("number of proposals (the paper's / ours)", "AP AP50 AP75 FPS time"),
-    "8": ("number of stages S", "AP AP50 AP75 FPS time"),
+    "7": ("number of proposals (the paper's / ours)", "AP AP50 AP75"),
+    "8": ("number of stages S", "AP AP50 AP75"),
     "10": ("positional encoding added to the proposal features", "AP AP50 AP75"),
 }
 # Their rows: table, the paper's label, our variant, the paper's figures.
@@ -82,14 +73,14 @@ ROWS = (
     ("6", "image", "dynamic", (42.3, 61.2, 45.7, 26.7, 44.6, 57.6)),
     ("6", "grid", "grid", (41.0, 59.4, 44.2, 23.8, 43.7, 55.6)),
     ("6", "random", "random", (42.1, 60.3, 45.3, 24.5, 44.6, 57.9)),
-    ("7", "100 / {N}", "dynamic", (42.3, 61.2, 45.7, 23, 19)),
-    ("7", "300 / {N}", "proposals-x3", (43.9, 62.3, 47.4, 22, 24)),
-    ("7", "500 / {N}", "proposals-x5", (44.6, 63.2, 48.5, 20, 60)),
-    ("8", "1", "stages-1", (21.7, 36.7, 22.3, 35, 12)),
-    ("8", "2", "stages-2", (36.2, 52.8, 38.8, 33, 13)),
-    ("8", "3", "stages-3", (39.9, 56.8, 43.2, 29, 15)),
-    ("8", "6", "stages-6", (42.3, 61.2, 45.7, 23, 19)),
-    ("8", "12", "stages-12", (41.6, 60.2, 45.0, 17, 30)),
+    ("7", "100 / {N}", "dynamic", (42.3, 61.2, 45.7)),
+    ("7", "300 / {N}", "proposals-x3", (43.9, 62.3, 47.4)),
+    ("7", "500 / {N}", "proposals-x5", (44.6, 63.2, 48.5)),
+    ("8", "1", "stages-1", (21.7, 36.7, 22.3)),
+    ("8", "2", "stages-2", (36.2, 52.8, 38.8)),
+    ("8", "3", "stages-3", (39.9, 56.8, 43.2)),
+    ("8", "6", "stages-6", (42.3, 61.2, 45.7)),
+    ("8", "12", "stages-12", (41.6, 60.2, 45.0)),
     ("10", "with", "positions", (41.9, 60.9, 45.0)),
     ("10", "without", "dynamic", (42.3, 61.2, 45.7)),
 )
@@ -105,7 +96,6 @@ class AblateArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     # Checkpoint whose backbone all variants start from; None for random weights.
     start_from: str | None = "assets/shapes.pt"
-    quick: bool = False  # smaller and shorter, to be watched
     config: Config = ABLATION  # the settings of config.py, the same for all variants
 
 
@@ -192,10 +182,7 @@ def train_variant(run: Run) -> int:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """The figures of a trained variant.
-
-    AP is a fraction of 1, `FPS` images/s one at a time, `time` minutes of training steps.
-    """
+    """The figures of a trained variant; AP is a fraction of 1."""
     checkpoint, device = load_checkpoint(run.folder / "last.pt"), pick_device(run.args.device)
     config = Config.from_dict(checkpoint["config"])
     model = VARIANTS[run.variant].build(config, False)
@@ -204,14 +191,8 @@ def measure(run: Run) -> dict[str, Any]:
     dataset = validation_set({**checkpoint, "config": config})
     options = {"workers": config.workers, "amp": config.amp, "max_dets": config.max_dets}
     metrics, _ = evaluate(fast, dataset, World(device), **options)
-
-    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    epochs = [json.loads(line) for line in text.splitlines()]
-    images_per_epoch = checkpoint["step"] / len(epochs) * config.batch_size
     return {
         **{name: value for name, value in metrics.items() if name.startswith("A")},
-        "FPS": metrics["speed"]["fps"],
-        "time": sum(images_per_epoch / epoch["images_per_second"] for epoch in epochs) / 60,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": checkpoint["step"],
         "batch_size": config.batch_size,
@@ -229,7 +210,7 @@ def summary(results: Sequence[dict[str, Any]]) -> Row:
     What is not defined is left out.
     """
     means: Row = {"seeds": len(results)}
-    for name in ["AP", "AP50", "AP75", "APs", "APm", "APl", "FPS", "time", "parameters"]:
+    for name in ["AP", "AP50", "AP75", "APs", "APm", "APl", "parameters"]:
         values = [result[name] for result in results if result[name] >= 0]  # −1: no such objects
         if values:
             means[name] = statistics.fmean(values) * (100 if name.startswith("AP") else 1)
@@ -257,10 +238,8 @@ def markdown(args: AblateArgs, number: str, rows: Sequence[Row]) -> str:
     """The paper's table and ours side by side, and what ours was made with."""
     title, names = TABLES[number][0], TABLES[number][1].split()
     columns = {"": "{label}"}
-    for name in names:
-        digits = ".0f" if name in PAPER_HEADINGS else ".1f"
-        columns[f"{PAPER_HEADINGS.get(name, name)} (paper)"] = f"{{paper_{name}:{digits}}}"
-    columns |= {OUR_HEADINGS.get(name, name): f"{{{name}:.1f}}" for name in names}
+    columns |= {f"{name} (paper)": f"{{paper_{name}:.1f}}" for name in names}
+    columns |= {name: f"{{{name}:.1f}}" for name in names}
     if any("spread" in row for row in rows):
         columns["AP ±"] = "{spread:.1f}"
     columns |= {"parameters": "{parameters:,.0f}", "seeds": "{seeds:d}"}
@@ -278,28 +257,14 @@ def markdown(args: AblateArgs, number: str, rows: Sequence[Row]) -> str:
     )
 
 
-def draw_bars(rows: Sequence[Row], path: Path) -> None:
-    """The paper's AP and ours, one bar per row."""
-    figure = Figure(figsize=(8.4, 0.8 + 0.38 * len(rows)), layout="constrained")
-    paper, ours = figure.subplots(1, 2, sharey=True)
-    for axes, name, title in ((paper, "paper_AP", "paper: AP on COCO"), (ours, "AP", "ours: AP")):
-        bars = axes.barh([row["label"] for row in rows], [row.get(name, math.nan) for row in rows])
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.margins(x=0.18)
-        axes.set_title(title, fontsize=9)
-    paper.invert_yaxis()  # the first row on top, in both
-    figure.savefig(path, dpi=110)
-
-
 def write_tables(args: AblateArgs) -> str:
-    """Writes the tables with the results there are, as Markdown and a figure; returns the texts."""
+    """Writes the tables with the results there are, as Markdown; returns the texts."""
     args.output.mkdir(parents=True, exist_ok=True)
     texts = []
     for number in args.tables:
         rows = table_rows(args, number)
         texts.append(markdown(args, number, rows))
         (args.output / f"table{number}.md").write_text(texts[-1], encoding="utf-8")
-        draw_bars(rows, args.output / f"table{number}.png")
     return "\n".join(texts)
 
 
@@ -313,13 +278,12 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
         UserError: no table is given, there is nothing to evaluate on, or torchrun has started this.
     """
     has_preset = any(word.split("=")[0] == "--preset" for word in argv)
-    shared = QUICK if "--quick" in argv else ABLATION
     args = parse_args(
         argv,
         AblateArgs,
         "python -m experiments.ablate",
         __doc__.split("\n\n")[0],
-        default=AblateArgs((), config=preset_from(argv) if has_preset else shared),
+        default=AblateArgs((), config=preset_from(argv) if has_preset else ABLATION),
     )
     tables = tuple(TABLES) if "all" in args.tables else tuple(dict.fromkeys(args.tables))
     if not tables:
@@ -345,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         write_tables(args)
     print("\n" + write_tables(args))
-    print(f"written: tables {', '.join(args.tables)} as .md and .png in {args.output}")
+    print(f"written: tables {', '.join(args.tables)} as .md in {args.output}")
     return 0
 
 

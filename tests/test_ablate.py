@@ -84,17 +84,6 @@ def test_the_stages_of_each_variant():
     assert kinds == dict.fromkeys(KINDS, ["Stage"] * 2) | static
 
 
-def test_static_stage_is_two_linear_layers_on_the_flattened_region():
-    stage = StaticStage(TINY)
-    roi_feats, boxes_px, pro_feats = stage_inputs()
-    first, second = (stage.interaction.layers[i] for i in (1, 3))
-    hidden = (roi_feats.reshape(B * N, -1) @ first.weight.T + first.bias).clamp(min=0)
-    found = torch.nn.functional.layer_norm(hidden @ second.weight.T + second.bias, (C,))
-    found = found.clamp(min=0)
-    expected = stage.ffn_norm(found + stage.ffn(found)).view(B, N, C)
-    torch.testing.assert_close(stage(roi_feats, boxes_px, pro_feats)[2], expected)
-
-
 def test_static_and_dynamic_stages_are_equally_large():
     models = [VARIANTS[name].build(ablate.ABLATION, False) for name in ("attention", "grid")]
     static, dynamic = (sum(p.numel() for p in m.head.stages[-1].parameters()) for m in models)
@@ -175,10 +164,10 @@ def test_in_the_paper_the_same_model_has_the_same_figures():
 
 def test_seeds_are_averaged():
     result = {"AP50": 0.5, "AP75": -1.0, "APs": 0.1, "APm": 0.2, "APl": -1.0}
-    result |= {"FPS": 10.0, "time": 2.0, "parameters": 7}
+    result["parameters"] = 7
     found = ablate.summary([{**result, "AP": ap} for ap in (0.30, 0.34, 0.35)])
     assert (found["AP"], found["spread"]) == (pytest.approx(33), pytest.approx(2.5))
-    assert (found["FPS"], found["parameters"], found["seeds"]) == (10, 7, 3)
+    assert (found["parameters"], found["seeds"]) == (7, 3)
     assert "AP75" not in found and "APl" not in found
 
 
@@ -210,7 +199,6 @@ def test_the_command_writes_the_table_beside_the_papers(command):
         [line] = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
         count = sum(p.numel() for p in build(variant).parameters() if p.requires_grad)
         assert line.endswith(f"| {count:,} | 1 |")
-    assert (folder / "out/table10.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_runs_are_not_trained_again_and_serve_other_tables(command, monkeypatch):
