@@ -12,57 +12,45 @@ from evaluate import evaluate
 from shapes import ShapesDataset
 from support.distributed import World, join_world
 
-FROZEN = replace(
-    TINY, backbone="resnet18", batch_size=4
-)  # frozen norms: no image depends on its batch
+# Frozen norms: no image depends on its batch.
+FROZEN = replace(TINY, backbone="resnet18", batch_size=4)
 
 
 def batch() -> tuple[list[torch.Tensor], list[dict]]:
     """Four images of different sizes with 3, 0, 1 and 6 objects."""
     images, targets = [], []
-    for i, (count, height, width) in enumerate(
-        ((3, 64, 96), (0, 64, 80), (1, 50, 96), (6, 64, 96))
-    ):
-        generator = torch.Generator().manual_seed(i)
-        images.append(
-            torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
-        )
-        targets.append(
-            {**objects(count, TINY.num_classes, width, height, seed=i), "image_id": 100 + i}
-        )
+    sizes = ((3, 64, 96), (0, 64, 80), (1, 50, 96), (6, 64, 96))
+    for i, (count, height, width) in enumerate(sizes):
+        rng = torch.Generator().manual_seed(i)
+        images.append(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=rng))
+        target = objects(count, TINY.num_classes, width, height, seed=i)
+        targets.append({**target, "image_id": 100 + i})
     return images, targets
 
 
 def spread(model: torch.nn.Module) -> None:
     """Puts the proposals into different places, so that matching is the same on every machine."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        model.proposal_boxes[:, :2] = 0.3 + 0.4 * torch.rand(
-            len(model.proposal_boxes), 2, generator=generator
-        )
-        model.proposal_boxes[:, 2:] = 0.2 + 0.4 * torch.rand(
-            len(model.proposal_boxes), 2, generator=generator
-        )
+    rng = torch.Generator().manual_seed(5)
+    where = torch.rand(2, len(model.proposal_boxes), 2, generator=rng)
+    centres, sides = 0.3 + 0.4 * where[0], 0.2 + 0.4 * where[1]
+    model.proposal_boxes.data.copy_(torch.cat((centres, sides), dim=1))
 
 
 def gradients(
     world: World, micro_batch: int | None, rank: int, size: int
 ) -> dict[str, torch.Tensor]:
     """The gradient of a step on this process's share of the batch, before clipping."""
-    training = new_training(
-        replace(FROZEN, micro_batch=micro_batch, clip_norm=1e9), world, steps_per_epoch=10
-    )
+    training = new_training(replace(FROZEN, micro_batch=micro_batch, clip_norm=1e9), world)
     spread(training.model)
     images, targets = batch()
     take_step(training, images[rank::size], targets[rank::size], 10)
-    return {
-        name: p.grad.clone() for name, p in training.model.named_parameters() if p.grad is not None
-    }
+    parameters = training.model.named_parameters()
+    return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
 def poisoned(world: World, config: Config, rank: int, size: int) -> dict:
     """A NaN in the image of one process: all skip the step, and the next one is fine."""
-    training = new_training(config, world, steps_per_epoch=10)
+    training = new_training(config, world)
     images, targets = batch()
     images, targets = images[rank::size], targets[rank::size]
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
@@ -78,7 +66,7 @@ def poisoned(world: World, config: Config, rank: int, size: int) -> dict:
 
 def buffers_after_a_step(world: World) -> list[float]:
     """Running statistics after each process saw other images, and after they were made equal."""
-    training = new_training(replace(TINY, batch_size=4), world, steps_per_epoch=10)
+    training = new_training(replace(TINY, batch_size=4), world)
     images, targets = batch()
     take_step(training, images[world.rank :: world.size], targets[world.rank :: world.size], 10)
     own = sum(buffer.double().sum().item() for buffer in training.model.buffers())
