@@ -1,7 +1,5 @@
 """The dense detector of notebook 1, against torchvision's."""
 
-from types import SimpleNamespace
-
 import torch
 from conftest import objects
 from torch import nn
@@ -9,7 +7,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from head import apply_deltas
-from notebooks.dense_head import DenseDetector, DenseHead, label_anchors, make_anchors
+from notebooks.dense_head import DenseHead, label_anchors, make_anchors
 
 ANCHORS_PX = torch.cat(make_anchors(64, 96))
 
@@ -36,15 +34,3 @@ def test_logits_are_in_the_order_of_the_anchors() -> None:
     expected = torch.arange(18.0).view(9, 2).repeat(len(ANCHORS_PX) // 9, 1)
     torch.testing.assert_close(logits[0], expected)
     torch.testing.assert_close(apply_deltas(deltas[0], ANCHORS_PX), ANCHORS_PX)
-
-    # Only one cell answers, of p3 with its 8 pixels per cell, for class 0 and the first anchor.
-    head.cls_logits.bias.zero_()
-    head.cls_logits.weight[0] = 1.0
-    pyramid[1][0, :, 3, 7] = 1.0
-    detector = object.__new__(DenseDetector)  # without training
-    detector.heads = [head, head]
-    detector.world = SimpleNamespace(pyramid=pyramid, whwh_px=torch.tensor([[96, 64, 96, 64]]))
-    found = detector.detections(0)
-    x1, y1, x2, y2 = found["boxes"][0].tolist()
-    assert abs((x1 + x2) / 2 - 7 * 8) <= 8 and abs((y1 + y2) / 2 - 3 * 8) <= 8
-    assert found["labels"][0] == 0 and found["scores"][0] > found["scores"][1]

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
 from torchvision.ops import box_convert
 
 from evaluate import coco_metrics
 from notebooks.common import boxes_per_object
 from notebooks.figures_05 import outcomes
+from support.coco_json import Annotation, Category, CocoFile, Image, ground_truth
 
 NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 
@@ -42,21 +42,16 @@ def test_what_is_found_is_what_coco_counts() -> None:
         every = outcomes({"boxes": objects, "labels": labels}, found, iou)[:12]
         recalls += [np.mean([o.kind == "found" for o in every if o.label == k]) for k in range(3)]
 
-    def records(boxes: torch.Tensor, classes: torch.Tensor) -> list[dict]:
-        rows = zip(box_convert(boxes, "xyxy", "xywh").tolist(), classes.tolist(), strict=True)
-        shared = {"image_id": 1, "iscrowd": 0}
-        return [
-            shared | {"id": i, "bbox": box, "area": box[2] * box[3], "category_id": k}
-            for i, (box, k) in enumerate(rows, start=1)
-        ]
+    def records(boxes: torch.Tensor, classes: torch.Tensor) -> list[Annotation]:
+        rows = zip(classes.tolist(), box_convert(boxes, "xyxy", "xywh").tolist(), strict=True)
+        return [Annotation(1, k, xywh) for k, xywh in rows]
 
-    truth = COCO()
-    truth.dataset = {
-        "images": [{"id": 1}],
-        "categories": [{"id": k, "name": str(k)} for k in range(3)],
-        "annotations": records(objects, labels),
-    }
-    truth.createIndex()
-    ranked = [r | {"score": 1 - r["id"] / 100} for r in records(found["boxes"], found["labels"])]
+    categories = [Category(k, str(k)) for k in range(3)]
+    coco = CocoFile([Image(1, "1.png", 110, 110)], categories, records(objects, labels))
+    truth = ground_truth(coco, range(3))
+    ranked = [
+        {"image_id": 1, "category_id": r.category_id, "bbox": r.bbox, "score": 1 - i / 100}
+        for i, r in enumerate(records(found["boxes"], found["labels"]))
+    ]
     assert coco_metrics(truth, ranked)["AR"] == pytest.approx(np.mean(recalls))
     assert 0.2 < np.mean(recalls) < 0.8
