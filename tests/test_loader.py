@@ -73,7 +73,7 @@ class Failing(Mixed):
 
 def test_what_a_worker_fails_on_is_one_line_and_a_bug_keeps_its_trace(capfd) -> None:
     for error, words in (
-        (None, r"a process that loads images was killed \(.*\).*; give fewer --workers"),
+        (None, r"[^\n]*\(DataLoader worker .*\)[^\n]* fewer --workers"),
         (UserError("a.jpg: cannot be read"), r"a\.jpg: cannot be read"),
     ):
         failing = make_loader(Failing(error), [[0], [1]], workers=1)

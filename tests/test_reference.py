@@ -71,12 +71,12 @@ def largest_differences(result: SimpleNamespace) -> dict[str, float]:
         # An FPN level without RoIs has a gradient of exactly 0, not none.
         found = parameters[rename(name)].grad.double().norm().item()
         gradients.append(abs(found - norm) / (norm + 1e-3))
-    return {
+    return {  # np.max, because Python's may lose a NaN
         "logits": np.abs(result.outputs.logits.numpy() - recorded["logits"]).max(),
         "boxes": np.abs(result.outputs.boxes.numpy() - recorded["boxes"]).max(),
-        "pyramid": max(pyramid),
-        "losses": max(losses),
-        "gradients": max(gradients),
+        "pyramid": np.max(pyramid),
+        "losses": np.max(losses),
+        "gradients": np.max(gradients),
     }
 
 
