@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))  # Python looks for modules beside this file only
 
-from data import validation_set  # noqa: E402
-from model import load_model  # noqa: E402
-from visualize import FONT, colour  # noqa: E402
+from notebooks.common import Trained  # noqa: E402
+from visualize import colour, draw_boxes, show_image  # noqa: E402
 
-HEIGHT_PX = 280  # of an image with the margin around it: proposals may extend beyond the image
-MARGIN = 0.12  # as a share of the image's height
-TITLE_PX = 26
+MARGIN = 0.12  # around an image, as a share of its height: proposals may extend beyond it
 STEPS = 4  # frames from one stage to the next
 FRAME_MS, START_MS, HOLD_MS, END_MS = 90, 2000, 500, 2500  # between stages, at 0, at each, last
 COLOURS = 256  # in the palette of the GIF
@@ -36,79 +36,59 @@ THRESHOLD = 0.4  # proposals that end with a lower score are white, and fade
 Panel = tuple[Tensor, Tensor, Tensor, list[str], list[str]]
 
 
-@torch.inference_mode()
-def make_panel(weights: Path, index: int, **data: str) -> Panel:
-    """What a checkpoint makes of its learned proposals on an image of its validation data."""
-    model, checkpoint = load_model(weights)
-    image = validation_set(checkpoint, **data)[index][0].as_subclass(Tensor)
-    outputs = model.stages([image])
-    height, width = image.shape[1:]
-    learned_px = model.initial_boxes_px(torch.tensor([[width, height, width, height]]))
-    probabilities = outputs.logits[:, 0].sigmoid()  # (S, N, K)
+def make_panel(trained: Trained, index: int) -> Panel:
+    """What a checkpoint makes of its learned proposals on one of its images."""
+    probabilities = trained.logits[:, index].sigmoid()  # (S, N, K)
     labels = probabilities[-1].argmax(-1)  # (N,)
     scores = probabilities[:, torch.arange(len(labels)), labels]  # (S, N)
     scores = torch.cat([torch.zeros(1, len(labels)), scores])
-    boxes_px = torch.cat([learned_px, outputs.boxes[:, 0]])
-    names = [checkpoint["class_names"][label] for label in labels.tolist()]
-    return image, boxes_px, scores, [colour(label) for label in labels.tolist()], names
+    boxes_px = torch.cat([trained.learned_px[None, index], trained.boxes_px[:, index]])
+    names = [trained.class_names[label] for label in labels.tolist()]
+    colours = [colour(label) for label in labels.tolist()]
+    return trained.images[index].as_subclass(Tensor), boxes_px, scores, colours, names
 
 
-def draw_panel(panel: Panel, time: float) -> Image.Image:
+def draw_panel(axes: Axes, panel: Panel, time: float) -> None:
     """The image and its boxes at a time in 0 … S."""
     image, boxes_px, scores, colours, names = panel
-    _, height, width = image.shape
-    scale = HEIGHT_PX / (height * (1 + 2 * MARGIN))
-    margin_px = round(MARGIN * height * scale)
-    size = (round(width * scale), round(height * scale))
-    canvas = Image.new("RGB", (size[0] + 2 * margin_px, HEIGHT_PX), "#DDDDDD")
-    pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size)
-    canvas.paste(pixels, (margin_px, margin_px))
-
     last = len(boxes_px) - 1
     stage = min(int(time), last - 1)
     part = time - stage  # of the way to the next stage
-    now_px = torch.lerp(boxes_px[stage], boxes_px[stage + 1], part) * scale + margin_px
+    now_px = torch.lerp(boxes_px[stage], boxes_px[stage + 1], part)
     score = torch.lerp(scores[stage], scores[stage + 1], part)
-    has_area = (now_px[:, 2:] > now_px[:, :2]).all(1)
 
-    layer = Image.new("RGBA", canvas.size)
-    draw = ImageDraw.Draw(layer)
-    font = ImageFont.truetype(FONT, 10)
-    faded = (255, 255, 255, round(170 * (1 - time / last)))
+    show_image(axes, image)
+    _, height, width = image.shape
+    axes.set_xlim(-MARGIN * height, width + MARGIN * height)
+    axes.set_ylim(height * (1 + MARGIN), -MARGIN * height)
+    is_found = scores[-1] >= THRESHOLD
+    faded = f"#FFFFFF{round(170 * (1 - time / last)):02X}"
+    draw_boxes(axes, now_px[~is_found], [faded] * len(names), linewidth=0.8)
     best = {names[i]: i for i in torch.argsort(scores[-1]).tolist()}  # each class is named once
-    for i in [i for i in torch.argsort(score).tolist() if has_area[i]]:
-        box = now_px[i].tolist()
-        is_found = bool(scores[-1, i] >= THRESHOLD)
-        draw.rectangle(box, outline=colours[i] if is_found else faded, width=1 + is_found)
-        if is_found and score[i] >= 0.3 and best[names[i]] == i:
-            text = names[i]
-            place = (max(1, box[0]), max(1, box[1] - 12))
-            draw.rectangle(draw.textbbox(place, text, font), fill=colours[i])
-            draw.text(place, text, "black", font)
-    canvas.paste(layer, mask=layer)
-    return canvas
+    for i in is_found.nonzero()[:, 0].tolist():
+        is_named = score[i] >= 0.3 and best[names[i]] == i
+        draw_boxes(axes, now_px[i, None], [colours[i]], [names[i]] if is_named else None, 1.4)
 
 
 def draw_frame(panels: list[Panel], time: float) -> Image.Image:
     """The panels side by side at a time in 0 … S, below a title."""
-    drawn = [draw_panel(panel, time) for panel in panels]
-    gap = 6
-    width = sum(image.width + gap for image in drawn) - gap
-    frame = Image.new("RGB", (width, HEIGHT_PX + TITLE_PX), "white")
-    title = "learned proposals" if time < 0.5 else f"stage {max(1, round(time))}"
-    font = ImageFont.truetype(FONT, 16)
-    ImageDraw.Draw(frame).text((width / 2, TITLE_PX / 2), title, "black", font, anchor="mm")
-    for i, image in enumerate(drawn):
-        frame.paste(image, (sum(left.width + gap for left in drawn[:i]), TITLE_PX))
-    return frame
+    figure = Figure(figsize=(6.4, 3.1), facecolor="#DDDDDD")
+    figure.suptitle("learned proposals" if time < 0.5 else f"stage {max(1, round(time))}")
+    widths = [panel[0].shape[2] / panel[0].shape[1] + 2 * MARGIN for panel in panels]
+    places = {"left": 0, "right": 1, "bottom": 0, "top": 0.91, "wspace": 0.02}
+    row = figure.subplots(1, len(panels), width_ratios=widths, gridspec_kw=places)
+    for axes, panel in zip(row, panels, strict=True):
+        draw_panel(axes, panel, time)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def main() -> None:
     """Writes both files."""
-    photographs = {"val_json": str(ASSETS / "blood/val.json"), "val_images": str(ASSETS / "blood")}
-    blood = make_panel(ASSETS / "blood.pt", 3, **photographs)
+    blood = make_panel(Trained("blood"), 3)
     # Here the objects lie apart, so that a reader can follow the boxes.
-    shapes = make_panel(ASSETS / "shapes.pt", 10)
+    shapes = make_panel(Trained("shapes", 11), 10)
     num_stages = len(blood[1]) - 1
     frames = [draw_frame([blood, shapes], i / STEPS) for i in range(num_stages * STEPS + 1)]
     frames[-1].save(ASSETS / "refinement.png", optimize=True)
