@@ -288,9 +288,9 @@ class RoIPooler(nn.Module):
 
     def levels(self, boxes_px: Tensor) -> Tensor:
         """boxes_px (…, 4) xyxy -> index into the pyramid (…) int64: 0 for p2, 3 for p5."""
-        sizes_px = boxes_px[..., 2:] - boxes_px[..., :2]  # (…, 2)
         # A learned box may have a negative width or height, and then no area.
-        scale = sizes_px.clamp(min=0).prod(-1).sqrt() / self.canonical_box_px
+        w, h = (boxes_px[..., 2:] - boxes_px[..., :2]).clamp(min=0).unbind(-1)
+        scale = (w * h).sqrt() / self.canonical_box_px
 
         # FPN, equation 1:  k = ⌊k₀ + log₂(√(w·h) / 224)⌋  with k₀ = 4, because pₖ has stride 2ᵏ and
         # the ImageNet classifier saw 224 pixels at stride 16. 1e-8 is for boxes without area.
@@ -314,18 +314,19 @@ class RoIPooler(nn.Module):
         levels = self.levels(rois[:, 1:])  # (B·N,)
         # The boxes of each level. Their numbers are the one thing that the host has to wait for.
         counts = torch.stack([(levels == i).sum() for i in range(len(self.strides))]).tolist()
-        rows_of_levels = levels.argsort().split(counts)
+        order = levels.argsort()
+        rois_of_levels = rois[order].split(counts)
 
-        roi_feats = pyramid[0].new_zeros(B * N, pyramid[0].shape[1], self.roi_size, self.roi_size)
+        pooled = []
         # One call per level for all images. A level that no box belongs to is pooled as well, with
         # no boxes: so its gradient is zero instead of missing, which DistributedDataParallel wants.
-        for features, stride, rows in zip(pyramid, self.strides, rows_of_levels, strict=True):
+        for features, stride, rois in zip(pyramid, self.strides, rois_of_levels, strict=True):
             # aligned=True: a cell's value belongs to its centre, not to its top left corner.
-            pooled = self.roi_align(
-                features, rois[rows], self.roi_size, 1 / stride, self.sampling_ratio, aligned=True
+            roi_feats = self.roi_align(
+                features, rois, self.roi_size, 1 / stride, self.sampling_ratio, aligned=True
             )  # (n, C, R, R)
-            roi_feats.index_copy_(0, rows, pooled)
-        return roi_feats
+            pooled.append(roi_feats)
+        return torch.cat(pooled)[order.argsort()]  # back in the order of the boxes
 
 
 # Predicted deltas are divided by these: an output of 1 moves a box by half its width or height, or

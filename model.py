@@ -201,7 +201,8 @@ class SparseRCNN(nn.Module):
         # classes.
         scores = logits.float().sigmoid().flatten(1)  # (B, N·K)
         scores, best = scores.topk(num_proposals, dim=1)  # (B, N), (B, N)
-        proposals = best // num_classes
+        # Not `best // num_classes`, whose rounding towards −∞ not every runtime of ONNX can do.
+        proposals = torch.div(best, num_classes, rounding_mode="trunc")
         labels = best % num_classes
         boxes_px = boxes_px.gather(1, proposals[..., None].expand(-1, -1, 4))  # (B, N, 4)
 
