@@ -48,7 +48,7 @@ from visualize import draw_image, draw_stages, save_figure
 
 # Pixels: the longest side of a picture that is written. Others are enlarged or shrunk to these.
 MIN_SHOWN_PX, MAX_SHOWN_PX = 480, 1600
-# To write a PNG takes twenty times as long, a third of a prediction.
+# To write a PNG takes about twelve times as long: a quarter of the time of a small model.
 SUFFIX = ".jpg"
 
 

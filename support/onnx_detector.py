@@ -102,7 +102,7 @@ class OnnxDetector:
 
 
 def _openvino(path: str | Path, amp: str) -> tuple[Callable, dict[str, str]]:
-    """On a CPU, nothing is faster."""
+    """On a CPU the faster of the two."""
     import openvino  # only here, so that nothing but ONNX files needs it
 
     core = openvino.Core()
