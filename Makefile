@@ -69,7 +69,7 @@ assets-blood: $(READY)
 pictures: $(READY)
 	$(RUN) assets/make_gif.py
 	$(RUN) predict.py assets/blood/BloodImage_00017.jpg --weights assets/blood.pt --output runs/pictures
-	cp runs/pictures/BloodImage_00017.png assets/detections.png
+	cp runs/pictures/BloodImage_00017.jpg assets/detections.jpg
 	$(RUN) explore.py assets/blood/BloodImage_00017.jpg --weights assets/blood.pt \
 	    --annotations assets/blood/val.json --output assets/explore.html
 

@@ -92,7 +92,7 @@ def test_the_commands_for_real_images_work_as_they_stand(tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
     detections = json.loads((tmp_path / "detections.json").read_text(encoding="utf-8"))
     assert len(detections) > 6
-    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("stages/*.png"))) == 6
+    assert len(list(tmp_path.glob("*.jpg"))) == len(list(tmp_path.glob("stages/*.jpg"))) == 6
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["AP"] > 0.5
 
 
