@@ -103,9 +103,15 @@ class CocoDataset(Dataset):
         # The parsed file is not kept; `coco`, which is rarely needed, reads it again.
         file = coco_json.read_coco(self.json_file)
         self.image_ids = np.array([image.id for image in file.images])
-        self.sizes_hw = np.array([(image.height, image.width) for image in file.images])
         names = [image.file_name for image in file.images]
         self.file_names = np.array(coco_json.find_files(self.image_dir, names, self.json_file))
+        sizes_hw = []
+        for image, name in zip(file.images, self.file_names, strict=True):
+            size_hw = (image.height, image.width)
+            if None in size_hw:
+                size_hw = read_image(os.path.join(self.image_dir, name)).shape[1:]
+            sizes_hw.append(size_hw)
+        self.sizes_hw = np.array(sizes_hw)
         self.class_names, self.category_ids, notes = coco_json.find_classes(
             self.json_file, file, class_names, allow_missing_classes, ignore_new_classes
         )
@@ -134,7 +140,7 @@ class CocoDataset(Dataset):
                 stacklevel=3,
             )
         is_box = ~is_crowd & ~is_flat
-        coco_json.warn_of_box_form(self.json_file, xywh[is_box], whwh_px[is_box, :2])
+        coco_json.check_box_form(self.json_file, xywh[is_box], whwh_px[is_box, :2])
 
         kept = np.argsort(rows, kind="stable")  # image by image, in the order of the file
         kept = kept[(is_box & ~is_outside)[kept]]

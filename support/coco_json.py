@@ -40,8 +40,8 @@ Name = Annotated[str, Meta(min_length=1)]
 class Image(Struct, gc=False):
     id: Id
     file_name: Name
-    width: Pixels
-    height: Pixels
+    width: Pixels | None = None  # by default the picture's own
+    height: Pixels | None = None
 
 
 class Category(Struct, gc=False):
@@ -57,6 +57,7 @@ class Annotation(Struct, gc=False):
     iscrowd: bool | Annotated[int, Meta(ge=0, le=1)] | None = 0
     area: Any = None  # not always a number; see `_area_px`
     id: Any = None  # only a label; see `ground_truth`
+    ignore: Any = None  # not part of COCO's format; only a note tells of it
 
 
 class CocoFile(Struct):
@@ -111,7 +112,7 @@ def find_files(folder: str, names: Sequence[str], listed_in: str) -> list[str]:
 
     (name, count), *_ = Counter(map(os.path.normpath, found)).most_common(1)
     if count > 1:  # each record would be trained on with a part of the objects
-        _warn(f"{listed_in}: lists {name} {count} times; keep one record for each image file")
+        _warn(f"{listed_in}: lists {name} {count} times; keep one record, or one annotator's")
     return found
 
 
@@ -181,7 +182,9 @@ def find_classes(
     num_new = sum(uses[usable[_normal(name)].id] for name in new)
     is_refused = num_new > 0 and not ignore_new
     if is_refused or (missing and not allow_missing) or len(missing) == len(expected):
-        advice = ", or leave the new ones out with --ignore-new-classes" if allow_missing else ""
+        advice = ""
+        if is_refused and allow_missing and len(missing) < len(expected):
+            advice = ", or leave the new ones out with --ignore-new-classes"
         raise UserError(
             f"{file}: classes {names} differ from the model's or training data's {list(expected)} "
             f"(missing {missing}, new {new}); rename them or use other data{advice}"
@@ -247,19 +250,25 @@ def index_of(values: Iterable[int], ids: Sequence[int | None]) -> np.ndarray:
     return np.fromiter((place.get(value, -1) for value in values), np.int64)
 
 
-def warn_of_box_form(file: str, xywh: np.ndarray, wh_px: np.ndarray) -> None:
-    """Warns of boxes (T, 4) that do not fit their images, of widths and heights (T, 2)."""
+def check_box_form(file: str, xywh: np.ndarray, wh_px: np.ndarray) -> None:
+    """Warns of boxes (T, 4) that do not fit their images, of widths and heights (T, 2).
+
+    Raises:
+        UserError: most of them do not, as if they were x1, y1, x2, y2, or all are shares of 1.
+    """
     # People draw boxes a little beyond the edges of an image, but not many, and not far.
     margin_px = 2 + 0.01 * wh_px
     start, end = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     num_leaving = ((start < -margin_px) | (end > wh_px + margin_px)).any(axis=1).sum()
-    problem = None
-    if num_leaving > 0.1 * len(xywh):
-        problem = f"{num_leaving} of {len(xywh)} boxes leave their images"
-    elif len(xywh) and xywh.max() <= 1.01 and wh_px.min() > 2:
+    are_shares = len(xywh) > 0 and xywh.max() <= 1.01 and wh_px.min() > 2
+    problem = f"{num_leaving} of {len(xywh)} boxes leave their images"
+    if are_shares:
         problem = "all box values are between 0 and 1"
-    if problem is not None:
-        _warn(f"{file}: {problem}; are they x, y, width, height in pixels of these image files?")
+    problem = f"{file}: {problem}; are they x, y, width, height in pixels of these image files?"
+    if are_shares or num_leaving > 0.5 * len(xywh):
+        raise UserError(problem)
+    if num_leaving > 0.1 * len(xywh):
+        _warn(problem)
 
 
 def warn_of_copies(file: str, rows: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> None:
@@ -287,7 +296,11 @@ def notes_on_annotations(file: str, coco: CocoFile) -> list[str]:
     count = len(coco.annotations)
     num_crowds = sum(bool(a.iscrowd) for a in coco.annotations)
     num_areas = sum(a.area is not None and a.area != _area_px(a) for a in coco.annotations)
+    num_ignored = sum(a.ignore == 1 and not a.iscrowd for a in coco.annotations)
+    num_unsized = sum(None in (image.width, image.height) for image in coco.images)
     notes = []
+    if num_unsized:
+        notes.append(f"{num_unsized} images have no width or height; their files' sizes are taken")
     if count == 0:
         notes.append("no annotations, so there is nothing to learn or to compare with")
     if num_crowds:  # 1 % in COCO; some tools set iscrowd for every mask that is not a polygon
@@ -295,6 +308,11 @@ def notes_on_annotations(file: str, coco: CocoFile) -> list[str]:
         notes.append(
             f"{num_crowds} of {count} annotations are crowds (iscrowd: 1), which are neither "
             f"learned nor counted as objects{advice}"
+        )
+    if num_ignored:
+        notes.append(
+            f'{num_ignored} annotations with "ignore": 1 are learned and counted like all others; '
+            "iscrowd: 1 would leave them out"
         )
     if num_areas:
         notes.append(f'{num_areas} annotations have an unusable "area"; that of the box is taken')

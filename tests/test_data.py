@@ -70,6 +70,18 @@ def load(folder: Path, raw: Raw, **options: Any) -> CocoDataset:
 # --- images and targets ---
 
 
+@pytest.mark.parametrize("missing", [("width",), ("height", "width")])
+def test_a_missing_size_is_that_of_the_picture(folder: Path, missing: tuple[str, ...]) -> None:
+    raw = example()
+    raw["images"][1]["width"] = None
+    for name in missing:
+        del raw["images"][2][name]
+    dataset = load(folder, raw)
+    assert dataset.sizes_hw.tolist() == [[H, W]] * 3
+    assert dataset[1][0].shape[1:] == (H, W)
+    assert any("2 images have no width or height" in note for note in dataset.notes)
+
+
 def test_labels_boxes_and_attributes(folder: Path) -> None:
     dataset = load(folder, example())
     assert dataset.class_names == ("cat", "bee", "owl") and dataset.category_ids == (-3, 7, 1000)
