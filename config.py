@@ -138,22 +138,22 @@ class Config:
         for name in ("lr", "lr_at_16", "clip_norm"):
             is_rate = getattr(self, name) is None or 0 < getattr(self, name) < math.inf
             self._require(name, is_rate, "should be a number greater than 0")
-        for name in ("class_weight", "l1_weight", "giou_weight", "weight_decay", "workers"):
+        weights = """
+            class_weight l1_weight giou_weight weight_decay workers seed num_cls_layers
+            num_reg_layers checkpoint_minutes warmup_steps"""
+        for name in weights.split():
             is_weight = 0 <= getattr(self, name) < math.inf
             self._require(name, is_weight, "should be a number of at least 0")
-        for name in ("color_jitter", "focal_alpha", "warmup_factor"):
+        for name in ("color_jitter", "focal_alpha", "warmup_factor", "dropout", "prior_prob"):
             self._require(name, 0 <= getattr(self, name) <= 1, "should lie in 0 … 1")
 
         gamma = self.focal_gamma
         # Between 0 and 1 the gradient of (1 − p)^γ is infinite at p = 1.
         self._require("focal_gamma", gamma == 0 or 1 <= gamma < 100, "should be 0, or at least 1")
-        self._require("prior_prob", 0 < self.prior_prob < 1, "should lie between 0 and 1")
         are_shares = all(0 < milestone < 1 for milestone in self.milestones)
         self._require("milestones", are_shares, "should be shares of the run, such as 0.75")
         is_part = self.micro_batch is None or 1 <= self.micro_batch <= self.batch_size
         self._require("micro_batch", is_part, f"should lie in 1 … batch_size={self.batch_size}")
-        is_multiple = self.hidden_dim % self.num_heads == 0
-        self._require("hidden_dim", is_multiple, f"is not a multiple of num_heads={self.num_heads}")
 
     def _require(self, name: str, is_fine: bool, problem: str) -> None:
         if not is_fine:

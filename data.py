@@ -344,8 +344,8 @@ def _coco_files(split: str) -> tuple[Path, Path]:
             raise UserError(
                 f"{path}: not found; unpack train2017.zip, val2017.zip and "
                 f"annotations_trainval2017.zip from https://cocodataset.org/#download in "
-                f"{COCO_FOLDER}, or give --train-json FILE and --train-images FOLDER; `make demo` "
-                "needs no files"
+                f"{COCO_FOLDER}, or give --{split}-json FILE and --{split}-images FOLDER; "
+                "`make demo` needs no files"
             )
     return json_file, folder
 

@@ -66,7 +66,7 @@ def evaluate(
 
     Args:
         model: with the interface of torchvision's detectors, on `world.device`. It is put into
-            eval mode and, at the end, back into the mode that it was in.
+            eval mode.
         dataset: a `CocoDataset` or `ShapesDataset` with evaluation transforms.
         world: the processes. Each takes its share of the batches, so each image is seen once.
         batch_size: at most so many images at a time, all of one size.
@@ -87,7 +87,6 @@ def evaluate(
     """
     batches = same_padding_batches(dataset, batch_size)[world.rank :: world.size]
     loader = make_loader(dataset, batches, workers, batch_bytes=batch_size * image_bytes)
-    was_training = model.training
     model.eval()
 
     records: list[dict[str, Any]] = []
@@ -105,7 +104,6 @@ def evaluate(
             num_other_classes += len(detections["labels"]) - len(results)
             records += results
             sizes_hw.append(resized_hw)
-    model.train(was_training)
 
     parts = world.gather((records, rates[WARMUP_BATCHES:] or rates, sizes_hw))
     records, rates, sizes_hw = ([x for part in parts for x in part[i]] for i in range(3))
@@ -326,10 +324,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     description = "Measures COCO AP and images per second of a checkpoint."
     args = parse_args(argv, EvaluateArgs, "evaluate.py", description)
-    if args.weights.suffix.lower() == ".onnx":
-        raise UserError(f"{args.weights}: give the checkpoint that it was exported from")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size} should be at least 1")
+    if args.batch_size < 1 or args.workers < 0:
+        raise UserError("--batch-size should be at least 1, and --workers at least 0")
     with join_world(args.device) as world:
         if world.is_main:
             make_folder(args.output)

@@ -101,8 +101,10 @@ class Predictor:
             self.class_names, self.backbone = checkpoint["class_names"], sizes.backbone
         test_size = sizes.test_size if test_size is None else test_size
         max_size = sizes.max_size if max_size is None else max_size
-        if min(test_size, max_size) < 1:
-            raise UserError("--test-size and --max-size should be at least 1 pixel")
+        if min(test_size, max_size, batch_size) < 1:
+            raise UserError("sizes in pixels and the batch size should be at least 1")
+        if not 0 <= score_threshold <= 1:
+            raise UserError(f"the score threshold {score_threshold} should lie in 0 … 1")
         self.resize = ShortestSize((test_size,), max_size)
 
         if unknown := [name for name in classes if name not in self.class_names]:
@@ -286,13 +288,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "every process of torchrun would predict all images; start one predict.py per GPU, "
             "each with files and --output of its own"
         )
-    if not 0 <= args.score_threshold <= 1:
-        raise UserError(f"--score-threshold {args.score_threshold} should lie in 0 … 1")
     files = list_images(args.inputs)
     names = output_names(files)
     folders = [args.output, args.output / "stages"] if args.stages else [args.output]
     record_file = args.output / "detections.json"
     refuse_to_overwrite(files, [record_file, *(f / name for f in folders for name in names)])
+    if args.output.resolve() in [Path(text).resolve() for text in args.inputs]:
+        raise UserError(f"--output {args.output}: its pictures would be inputs of the next run")
     predictor = Predictor(
         args.weights,
         args.device,

@@ -19,7 +19,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -230,8 +230,8 @@ def train(
                     image_ids = sum(world.gather(own_ids), [])
                     raise UserError(
                         f"{training.bad_in_a_row} steps in a row were not finite, the last one "
-                        f"with image ids {image_ids}; look at their boxes, and try a lower --lr "
-                        f"(it was {peak_rate(config):.2g}) or --amp off"
+                        f"with image ids {image_ids}; try a lower --lr (it was "
+                        f"{peak_rate(config):.2g}) or --amp off, and look at these images' boxes"
                     )
                 report.step(training, values)
                 if is_save_due:
@@ -320,8 +320,7 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
     if "optimizer" not in checkpoint:
         raise UserError(f"{path}: holds no training state; start from its weights with --weights")
     schedule = checkpoint["schedule"]
-    batch_size = schedule.get("batch_size", checkpoint["config"]["batch_size"])
-    num_images = schedule.get("num_images", training.num_images)
+    batch_size, num_images = schedule["batch_size"], schedule["num_images"]
     if (batch_size, num_images) != (config.batch_size, training.num_images):
         raise UserError(
             f"{path}: a run on {num_images} images with --batch-size {batch_size}; here are "
@@ -350,14 +349,13 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
             torch.cuda.set_rng_state(rng["cuda"], training.world.device)
 
     line = f"resumed from {path} at step {training.step} of {training.total_steps}"
-    if training.total_steps != schedule["total_steps"]:
+    old, new = checkpoint["config"], config.to_dict()
+    if changed := [name for name in new if old.get(name, new[name]) != new[name]]:
         before = training.optimizer.param_groups[0]["lr"]
         after = learning_rate(training.step, training.total_steps, config)
-        line += (
-            f", in place of {schedule['total_steps']}: the schedule is stretched, and the rate "
-            f"goes from {before:.2g} to {after:.2g}"
-        )
-    is_other = schedule.get("validation", training.validation_key) != training.validation_key
+        changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in changed)
+        line += f", with {changes}; the learning rate goes from {before:.2g} to {after:.2g}"
+    is_other = schedule["validation"] != training.validation_key
     if training.best >= 0 and (is_other or not (output / "best.pt").exists()):
         training.best = -1.0
         line += "; the best AP starts afresh" + (", on other validation data" if is_other else "")
@@ -398,55 +396,62 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
     parse = partial(parse_args, argv, TrainArgs, "train.py", __doc__.split("\n\n")[0])
     preset = preset_from(argv)
     args = parse(TrainArgs(config=preset))
-    if {"--lr", "--lr-at-16"} <= given:
-        raise UserError("--lr-at-16 has no effect beside --lr; leave one of them out")
     if args.weights and args.resume not in (None, "auto"):
         raise UserError("--weights has no effect beside --resume FILE; leave one of them out")
     last = args.output / "last.pt"
     if args.resume == "auto" and not last.exists():
         print(f"note: {last} is not there, so nothing is resumed", flush=True)
-    if args.resume == "auto":
-        args = replace(args, resume=str(last) if last.exists() else None)
-    path = args.resume or args.weights
-    if path is None:
-        return args, None
+        args = replace(args, resume=None)
+    elif args.resume == "auto":
+        args = replace(args, resume=str(last))
 
-    checkpoint = load_checkpoint(path)
-    config = config_of(checkpoint, path, preset if "--preset" in given else None)
-    if args.resume:
-        if "--preset" in given and preset.preset != config.preset:
-            raise UserError(f"{path}: is a run of --preset {config.preset}; leave out --preset")
-        if "--lr-at-16" in given and config.lr is not None:
-            raise UserError(f"--lr-at-16: {path} is a run with --lr {config.lr}; change that")
-        default = config
-    else:
-        names = [*OF_THE_MACHINE, *("train_json", "train_images", "val_json", "val_images", "data")]
-        if "--min-sizes" in given:
-            names.append("test_size")
-        recipe = replace(config, **{name: getattr(preset, name) for name in names})
-        rate_at_16 = peak_rate(config) * 16 / config.batch_size  # for any --batch-size
-        recipe = replace(recipe, lr=None, lr_at_16=rate_at_16)
-        recipe = preset if "--preset" in given else recipe
-        default = replace(recipe, **{name: getattr(config, name) for name in NETWORK})
-    output = args.output
-    if args.resume and "--output" not in given:
-        output = Path(args.resume).parent
-    args = replace(parse(TrainArgs(config=default)), resume=args.resume, output=output)
-    for name in NETWORK:
-        asked, has = getattr(args.config, name), getattr(config, name)
-        # Others' files and bare state dicts only tell what can be read off their shapes.
-        if asked != has and name in checkpoint["config"]:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{flag} {asked}: the network of {path} has {flag} {has}, and its weights fit no "
-                "other; leave the flag out, or train from scratch"
-            )
-    if args.resume and args.config.freeze_backbone != config.freeze_backbone:
-        raise UserError(
-            f"{path}: a resumed run cannot change --freeze-backbone; start another one from its "
-            f"weights: --weights {path} and another --output"
-        )
+    checkpoint = None
+    if path := args.resume or args.weights:
+        checkpoint = load_checkpoint(path)
+        config = config_of(checkpoint, path, preset if "--preset" in given else None)
+        default = config if args.resume else recipe_from(config, preset, given)
+        output = args.output
+        if args.resume and "--output" not in given:
+            output = Path(args.resume).parent
+        args = replace(parse(TrainArgs(config=default)), resume=args.resume, output=output)
+        for name in (*NETWORK, "preset", "freeze_backbone") if args.resume else NETWORK:
+            asked, has = getattr(args.config, name), getattr(config, name)
+            # Others' files and bare state dicts only tell what can be read off their shapes.
+            if asked != has and name in checkpoint["config"]:
+                flag = f"--{name.replace('_', '-')}"
+                way_out = "start another run from its --weights" if args.resume else "train afresh"
+                raise UserError(
+                    f"{flag} {asked}: {path} has {flag} {has}, which cannot change; leave the flag "
+                    f"out, or {way_out}"
+                )
+
+    for flag, beside, has_no_effect in (
+        ("--lr-at-16", "--lr", args.config.lr is not None),
+        ("--milestones", "--schedule cosine", args.config.schedule == "cosine"),
+        ("--crop-sizes", "--no-crop", not args.config.crop),
+        ("--crop-resize", "--no-crop", not args.config.crop),
+    ):
+        if has_no_effect and flag in given:
+            raise UserError(f"{flag} has no effect beside {beside}; leave one of them out")
     return args, checkpoint
+
+
+def recipe_from(config: Config, preset: Config, given: Collection[str]) -> Config:
+    """The defaults of a run that fine-tunes a model of `config`, which keep its network.
+
+    Args:
+        config: the settings that the model was trained with. Its recipe is taken, but not its data.
+        preset: has everything else, and the recipe too if --preset is among the flags.
+        given: the flags of the command line.
+    """
+    names = [*OF_THE_MACHINE, *("train_json", "train_images", "val_json", "val_images", "data")]
+    if "--min-sizes" in given:
+        names.append("test_size")
+    rate_at_16 = peak_rate(config) * 16 / config.batch_size  # for any --batch-size
+    recipe = replace(config, lr=None, lr_at_16=rate_at_16)
+    recipe = replace(recipe, **{name: getattr(preset, name) for name in names})
+    recipe = preset if "--preset" in given else recipe
+    return replace(recipe, **{name: getattr(config, name) for name in NETWORK})
 
 
 def start_training(
@@ -458,12 +463,8 @@ def start_training(
 ) -> Training:
     """A new model, and AdamW over all of its parameters that are trained (paper)."""
     torch.manual_seed(config.seed)
-    try:
-        # Convolutions are faster with the channels last in memory, most of all in bfloat16.
-        model = build(config).to(world.device, memory_format=torch.channels_last)
-    except FileNotFoundError as error:
-        flags = "--no-pretrained-backbone --no-freeze-backbone"
-        raise UserError(f"{error}. On the command line these are {flags}") from None
+    # Convolutions are faster with the channels last in memory, most of all in bfloat16.
+    model = build(config).to(world.device, memory_format=torch.channels_last)
     if not world.is_main:
         torch.manual_seed(config.seed + world.rank)  # dropout differs between the processes
     if config.compile:

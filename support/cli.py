@@ -34,6 +34,8 @@ def parse_args(
     words = sys.argv[1:] if argv is None else list(argv)
     if any(word.replace("_", "-").startswith("--local-rank") for word in words):
         raise UserError("--local-rank is of torch.distributed.launch; start with torchrun instead")
+    if empty := [word for word in words if word.startswith("--") and word.endswith("=")]:
+        raise UserError(f"{empty[0]} has no value; is a variable of the shell not set?")
     return tyro.cli(
         into,
         args=words,
@@ -122,15 +124,11 @@ def _problem(error: Exception) -> str | None:
         return f"the weights do not fit the model; {problems:.500}"
     if isinstance(error, dist.DistError) or ("gloo" in text and isinstance(error, RuntimeError)):
         return f"{LOST}; the first error above is the cause ({first_line(error)})"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+    is_full = "DefaultCPUAllocator" in text or "DataLoader worker (pid" in text  # it was killed
+    if is_full or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return (
             f"the memory is full ({first_line(error)}); take fewer images at a time "
             "(--micro-batch in training, --batch-size in evaluate.py), "
             "--amp bf16, a smaller --max-size, or fewer --workers"
-        )
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
-        return (
-            f"a process that loads images was killed ({first_line(error)}), often because the "
-            "memory is full; give fewer --workers"
         )
     return None

@@ -87,7 +87,8 @@ def read_coco(file: str) -> CocoFile:
             except msgspec.DecodeError:
                 return msgspec.convert(json.loads(text[:]), CocoFile, strict=False)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+        advice = "check the path, or name other data with --train-json or --val-json"
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {advice}") from None
     except (ValueError, RecursionError) as error:
         advice = "correct the record, or export the annotations again"
         raise UserError(f"{file}: not in COCO's (instances) format: {error}; {advice}") from None

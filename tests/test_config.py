@@ -74,13 +74,16 @@ NAN, INF = float("nan"), float("inf")
         "colour": [3],  # an unknown key
         "backbone": ["vgg"],
         "num_stages": ["six", 2.5, True, 0],
-        "hidden_dim": [100],  # not a multiple of num_heads
+        "num_cls_layers": [-1],
+        "dropout": [2.0, NAN],
+        "seed": [-1],
+        "checkpoint_minutes": [-1.0, NAN],
         "micro_batch": [17],  # more than batch_size
         "min_sizes": [[]],
         "lr": [-1.0, NAN, INF],
         "l1_weight": [-1.0, NAN, INF],
         "focal_gamma": [-1.0, 0.5, NAN],
-        "prior_prob": [0.0, 1.0, NAN],
+        "prior_prob": [-0.1, 1.1, NAN],
         "warmup_factor": [-0.1, 1.1, NAN],
         "milestones": [[27, 33], [0.5, NAN]],
     }.items(),

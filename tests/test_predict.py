@@ -149,6 +149,8 @@ def test_wrong_arguments(shape: Image.Image, tmp_path: Path) -> None:
     shape.save(tmp_path / "a.png")
     shape.save(tmp_path / "a.jpg")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    shape.save(tmp_path / "photos" / "b.png")
     with pytest.raises(UserError, match=r"--weights .*assets/blood\.pt.*sparse-rcnn-r50-100"):
         main([str(tmp_path / "a.png")])
     for arguments, words in {
@@ -159,10 +161,14 @@ def test_wrong_arguments(shape: Image.Image, tmp_path: Path) -> None:
         (tmp_path / "a.png", "--score-threshold", "2"): "0 … 1",
         (tmp_path / "a.png", "--classes", "cat"): r"\['cat'\]; it has ellipse, rectangle, triangle",
         (tmp_path / "a.jpg", "--output", tmp_path): r"a\.jpg is one of the inputs",
+        (tmp_path / "photos", "--output", tmp_path / "photos"): "inputs of the next run",
     }.items():
         with pytest.raises(UserError, match=words):
             run(*arguments)
-    assert sorted(os.listdir(tmp_path)) == ["a.jpg", "a.png", "empty"]
+    assert sorted(os.listdir(tmp_path)) == ["a.jpg", "a.png", "empty", "photos"]
+    for wrong in ({"score_threshold": 40}, {"batch_size": 0}):
+        with pytest.raises(UserError, match="should"):
+            Predictor(WEIGHTS, "cpu", **wrong)
 
 
 def test_no_picture_overwrites_another_or_an_input(shape: Image.Image, tmp_path: Path) -> None:

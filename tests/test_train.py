@@ -314,7 +314,7 @@ def test_what_cannot_be_resumed(
         main([*flags, "--shapes-train", "4"])
     with pytest.raises(UserError, match="--batch-size 4; here are 12 images, and --batch-size 2"):
         main([*flags, "--batch-size", "2"])
-    with pytest.raises(UserError, match="a run of --preset shapes; leave out --preset"):
+    with pytest.raises(UserError, match="--preset r50-100: .* has --preset shapes, .* leave"):
         main([*flags, "--preset", "r50-100"])
     keys = ("model", "config", "class_names", "category_ids")
     plain = {key: load_checkpoint(last)[key] for key in keys}
@@ -600,6 +600,16 @@ def test_the_evaluation_follows_the_training_size(
 def test_flags_without_effect_are_refused(tiny_flags: list[str], tmp_path: Path, capsys) -> None:
     with pytest.raises(UserError, match="--lr-at-16 has no effect beside --lr"):
         main([*tiny_flags, "--lr", "1e-3", "--lr-at-16", "1e-3", "--output", str(tmp_path)])
+    for flags in (
+        ["--milestones", "0.5", "--schedule", "cosine"],
+        ["--crop-sizes", "40", "60", "--no-crop"],
+        ["--crop-resize=50"],
+    ):
+        flag = flags[0].partition("=")[0]
+        with pytest.raises(UserError, match=f"{flag} has no effect beside"):
+            main([*tiny_flags, *flags, "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="--val-json= has no value"):  # of --val-json=$UNSET
+        main([*tiny_flags, "--val-json="])
     with pytest.raises(UserError, match="--weights has no effect beside --resume FILE"):
         main([*tiny_flags, "--resume", "a.pt", "--weights", "b.pt", "--output", str(tmp_path)])
     with pytest.raises(UserError, match="--local-rank .*torchrun"):
@@ -628,11 +638,11 @@ def test_resuming_with_other_epochs_or_validation_data_is_said(
     flags = ["--resume", str(last), "--output", str(tmp_path), "--device", "cpu"]
     with pytest.raises(UserError, match="--epochs 1: .*last.pt has done more"):
         main([*flags, "--epochs", "1"])
-    with pytest.raises(UserError, match="--freeze-backbone; start another one .*--weights"):
+    with pytest.raises(UserError, match="--freeze-backbone False: .*--weights"):
         main([*flags, "--no-freeze-backbone"])
     assert main([*flags, "--epochs", "3", "--test-size", "64"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"in place of 6: the schedule is stretched, and the rate goes from", printed)
+    assert re.search(r"with test_size 96 → 64, epochs 2 → 3; the learning rate goes from", printed)
     assert "the best AP starts afresh, on other validation data" in printed
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 3
 
