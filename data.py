@@ -136,7 +136,7 @@ class CocoDataset(Dataset):
         if is_flat.any() or is_outside.any():
             warnings.warn(
                 f"{self.json_file}: left out {is_flat.sum()} boxes of zero or negative width or "
-                f"height, and {is_outside.sum()} wholly outside of their images",
+                f"height, and of training {is_outside.sum()} wholly outside of their images",
                 stacklevel=3,
             )
         is_box = ~is_crowd & ~is_flat
@@ -189,7 +189,7 @@ class CocoDataset(Dataset):
         }
 
     def coco(self) -> COCO:
-        """The ground truth for pycocotools: all boxes of the classes, crowds and flat ones too."""
+        """The ground truth for pycocotools: all boxes of the classes with an area, crowds too."""
         return coco_json.ground_truth(coco_json.read_coco(self.json_file), self.category_ids)
 
 
@@ -434,15 +434,12 @@ def check_data(dataset: CocoDataset | ShapesDataset, rank: int = 0, world_size: 
         return None
 
     share = range(rank, len(dataset), world_size)
-    problems = []
     # None: only on a terminal. Standard error itself is None if it is closed.
     is_hidden = None if rank == 0 and sys.stderr else True
-    bar = tqdm(total=len(share), desc="check data", unit="image", leave=False, disable=is_hidden)
-    with bar, ThreadPoolExecutor(8) as pool:  # a disk or network may take long to answer
-        for first in range(0, len(share), 200):  # in parts, so that Ctrl-C does not wait for all
-            part = share[first : first + 200]
-            problems += filter(None, pool.map(problem_with, part))
-            bar.update(len(part))
+    with ThreadPoolExecutor(8) as pool:  # a disk or network may take long to answer
+        found = pool.map(problem_with, share)
+        bar = tqdm(found, "check data", len(share), unit="image", leave=False, disable=is_hidden)
+        problems = list(filter(None, bar))
     if problems:
         first_ten = " | ".join(problems[:10])
         raise UserError(f"{len(problems)} of {len(share)} images cannot be used: {first_ten}")

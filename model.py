@@ -104,6 +104,9 @@ class SparseRCNN(nn.Module):
             per image: `boxes` (n, 4) float32 xyxy pixels of that image and clipped to it, `scores`
             (n,) float32 in falling order, `labels` (n,) int64, with n ≤ N.
 
+        `torch.export` works, with height and width as `Dim.DYNAMIC`. `torch.jit.trace` gives wrong
+        boxes at all sizes but the traced one, with nothing but warnings (torch 2.14).
+
         Raises:
             ValueError: in train mode without targets; images or targets of the wrong form.
         """
@@ -264,15 +267,24 @@ class Interaction(DynamicInteraction):
 
 
 def check_images(images: Sequence[Tensor]) -> None:
-    """Raises a ValueError if images are missing or are not of the form that `SparseRCNN` takes."""
+    """Raises a ValueError if images are missing or are not of the form that `SparseRCNN` takes.
+
+    Values are looked at on the CPU only.
+    """
     if not len(images):
         raise ValueError("SparseRCNN: an empty list of images")
     for i, image in enumerate(images):
-        is_shaped = image.dim() == 3 and len(image) == 3 and 0 not in image.shape
-        if not is_shaped or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        is_float, given = image.is_floating_point(), f"{tuple(image.shape)} of {image.dtype}"
+        is_fine = image.dim() == 3 and len(image) == 3 and 0 not in image.shape
+        is_fine = is_fine and (image.dtype == torch.uint8 or is_float)
+        # On a GPU the model would have to wait for the values, and a compiler does not know them.
+        is_known = image.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_fine and is_float and is_known and (image.min() < -0.5 or image.max() > 1.5):
+            is_fine, given = False, f"{given}, from {image.min():.3g} to {image.max():.3g}"
+        if not is_fine:
             raise ValueError(
-                f"SparseRCNN: image {i} is {tuple(image.shape)} of {image.dtype}; RGB images "
-                "(3, H, W) are needed, uint8 0–255 or float 0–1"
+                f"SparseRCNN: image {i} is {given}; RGB images (3, H, W) are needed, uint8 0–255 "
+                "or float 0–1, not normalised"
             )
 
 

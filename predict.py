@@ -101,10 +101,8 @@ class Predictor:
             self.class_names, self.backbone = checkpoint["class_names"], sizes.backbone
         test_size = sizes.test_size if test_size is None else test_size
         max_size = sizes.max_size if max_size is None else max_size
-        if min(test_size, max_size, batch_size) < 1:
-            raise UserError("sizes in pixels and the batch size should be at least 1")
-        if not 0 <= score_threshold <= 1:
-            raise UserError(f"the score threshold {score_threshold} should lie in 0 … 1")
+        if min(test_size, max_size, batch_size) < 1 or not 0 <= score_threshold <= 1:
+            raise UserError("sizes should be at least 1, and the score threshold lie in 0 … 1")
         self.resize = ShortestSize((test_size,), max_size)
 
         if unknown := [name for name in classes if name not in self.class_names]:

@@ -45,10 +45,13 @@ from support.loader import make_train_loader
 from support.report import Report
 from support.signals import StopSignal
 
-# Settings that are no part of a recipe.
-OF_THE_MACHINE = ("amp", "compile", "workers", "micro_batch", "checkpoint_minutes")
+# Settings that are no part of a recipe: those of the machine, and of the data.
+NO_RECIPE = (
+    *("amp", "compile", "workers", "micro_batch", "checkpoint_minutes"),
+    *("train_json", "train_images", "val_json", "val_images", "data"),
+)
 # Settings that an AP depends on.
-VALIDATION = ("val_json", "val_images", "data", "shapes_val", "eval_size", "max_size", "max_dets")
+VALIDATION = ("val_json", "val_images", "data", "shapes_val", "test_size", "max_size", "max_dets")
 FEW_STEPS = 300  # hardly enough to learn anything from random weights
 
 
@@ -64,7 +67,6 @@ class Training:
     world: World
     steps_per_epoch: int
     num_images: int  # in the training set
-    validation_key: str  # identifies the data behind `best`
     class_names: Sequence[str]
     category_ids: Sequence[int]
 
@@ -293,9 +295,7 @@ def save(training: Training, path: Path) -> None:
         "schedule": {
             "total_steps": training.total_steps,
             "learning_rate": peak_rate(config),
-            "batch_size": config.batch_size,
             "num_images": training.num_images,
-            "validation": training.validation_key,
         },
         "epoch": training.epoch,
         "step": training.step,
@@ -319,8 +319,8 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
     config = training.config
     if "optimizer" not in checkpoint:
         raise UserError(f"{path}: holds no training state; start from its weights with --weights")
-    schedule = checkpoint["schedule"]
-    batch_size, num_images = schedule["batch_size"], schedule["num_images"]
+    old, new = checkpoint["config"], config.to_dict()
+    batch_size, num_images = old["batch_size"], checkpoint["schedule"]["num_images"]
     if (batch_size, num_images) != (config.batch_size, training.num_images):
         raise UserError(
             f"{path}: a run on {num_images} images with --batch-size {batch_size}; here are "
@@ -349,13 +349,12 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
             torch.cuda.set_rng_state(rng["cuda"], training.world.device)
 
     line = f"resumed from {path} at step {training.step} of {training.total_steps}"
-    old, new = checkpoint["config"], config.to_dict()
     if changed := [name for name in new if old.get(name, new[name]) != new[name]]:
         before = training.optimizer.param_groups[0]["lr"]
         after = learning_rate(training.step, training.total_steps, config)
         changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in changed)
         line += f", with {changes}; the learning rate goes from {before:.2g} to {after:.2g}"
-    is_other = schedule["validation"] != training.validation_key
+    is_other = not set(changed).isdisjoint(VALIDATION)
     if training.best >= 0 and (is_other or not (output / "best.pt").exists()):
         training.best = -1.0
         line += "; the best AP starts afresh" + (", on other validation data" if is_other else "")
@@ -444,9 +443,7 @@ def recipe_from(config: Config, preset: Config, given: Collection[str]) -> Confi
         preset: has everything else, and the recipe too if --preset is among the flags.
         given: the flags of the command line.
     """
-    names = [*OF_THE_MACHINE, *("train_json", "train_images", "val_json", "val_images", "data")]
-    if "--min-sizes" in given:
-        names.append("test_size")
+    names = (*NO_RECIPE, "test_size") if "--min-sizes" in given else NO_RECIPE
     rate_at_16 = peak_rate(config) * 16 / config.batch_size  # for any --batch-size
     recipe = replace(config, lr=None, lr_at_16=rate_at_16)
     recipe = replace(recipe, **{name: getattr(preset, name) for name in names})
@@ -484,7 +481,6 @@ def start_training(
         world,
         steps_per_epoch,
         num_images=len(train_set),
-        validation_key=" ".join(str(getattr(config, name)) for name in VALIDATION),
         class_names=train_set.class_names,
         category_ids=train_set.category_ids,
     )
@@ -537,8 +533,6 @@ def run(
             for dataset in datasets:
                 check_data(dataset, world.rank, world.size)
         # A data set smaller than one batch is one smaller batch, and the rate follows.
-        if len(train_set) < world.size:
-            raise UserError(f"{len(train_set)} images are too few for {world.size} processes")
         batch_size = min(config.batch_size, len(train_set) // world.size * world.size)
         micro_batch = config.micro_batch and min(config.micro_batch, batch_size)
         config = replace(

@@ -162,17 +162,16 @@ def take_over(
     theirs, ours = dict(checkpoint["model"]), model.state_dict()
     old = list(checkpoint["class_names"])
     known = [name for name in class_names if name in old]
-    if list(class_names) != old:
-        for key in [key for key in theirs if ".cls_logits." in key]:
-            value = ours[key].clone()  # (K, C) or (K,)
-            rows = [list(class_names).index(name) for name in known]
-            value[rows] = theirs[key].to(value)[[old.index(name) for name in known]]
-            theirs[key] = value
+    for key in [key for key in theirs if ".cls_logits." in key]:
+        value = ours[key].clone()  # (K, C) or (K,)
+        rows = [list(class_names).index(name) for name in known]
+        value[rows] = theirs[key].to(value)[[old.index(name) for name in known]]
+        theirs[key] = value
     # Only norms that are trained count their batches.
-    counters = {key for key in {*ours, *theirs} if key.endswith("num_batches_tracked")}
-    theirs = {**{key: ours[key] for key in counters & set(ours)}, **theirs}
-    for key in counters - set(ours):
-        del theirs[key]
+    for key in [key for key in {*ours, *theirs} if key.endswith("num_batches_tracked")]:
+        theirs[key] = theirs.get(key, ours.get(key))
+        if key not in ours:
+            del theirs[key]
     model.load_state_dict(theirs)
 
     new = [name for name in class_names if name not in old]

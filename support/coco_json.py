@@ -176,6 +176,8 @@ def find_classes(
     categories = sorted(usable.values(), key=lambda category: category.id)
     names = [category.name for category in categories]
     if expected is None:
+        if unlearned := [category.name for category in categories if not uses[category.id]]:
+            notes.append(f"{file}: no annotations of {unlearned}, which cannot be learned")
         return tuple(names), tuple(category.id for category in categories), notes
 
     missing = [name for name in expected if _normal(name) not in usable]
@@ -323,8 +325,13 @@ def notes_on_annotations(file: str, coco: CocoFile) -> list[str]:
 
 
 def ground_truth(coco: CocoFile, category_ids: Collection[int | None]) -> COCO:
-    """The objects of some categories, completed in place, so that pycocotools can evaluate."""
-    annotations = [a for a in coco.annotations if a.category_id in category_ids]
+    """The objects of some categories, completed in place, so that pycocotools can evaluate.
+
+    Boxes without area are left out. Some tools mark images without objects by one, and pycocotools
+    would count it as an object that no detection finds.
+    """
+    of_these = (a for a in coco.annotations if a.category_id in category_ids)
+    annotations = [a for a in of_these if min(a.bbox[2:]) > 0]
     have_ids = _have_ids(annotations)
     for number, annotation in enumerate(annotations, start=1):
         annotation.id = annotation.id if have_ids else number
@@ -349,7 +356,7 @@ def _have_ids(annotations: Sequence[Annotation]) -> bool:
 
 
 def _area_px(annotation: Annotation) -> float:
-    """The area in the file, or that of the box if it is not a number, or 0 beside a real box."""
+    """The area in the file, or that of the box if it is not a number, or is 0."""
     area, (_, _, width, height) = annotation.area, annotation.bbox
-    is_number = type(area) in (int, float) and 0 <= area <= MAX_AREA_PX
-    return area if is_number and (area > 0 or width * height <= 0) else width * height
+    is_usable = type(area) in (int, float) and 0 < area <= MAX_AREA_PX
+    return area if is_usable else width * height

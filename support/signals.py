@@ -10,8 +10,9 @@ SAME_REQUEST_S = 1.0  # torchrun passes Ctrl-C on to processes that the terminal
 
 
 class StopSignal:
-    """Inside `with`, SIGTERM (pre-emption), SIGINT (Ctrl-C) and SIGHUP are noted, not obeyed.
+    """Inside `with`, signals that end a process are noted, not obeyed.
 
+    They are SIGTERM and SIGUSR1 (pre-emption, of Slurm and others), SIGINT (Ctrl-C) and SIGHUP.
     Another one, at least a second later, is obeyed at once. SIGHUP (the terminal was closed) stays
     ignored where it is ignored already, as with `nohup`.
 
@@ -27,8 +28,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread gets signals, and may ask for them
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has not all
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self

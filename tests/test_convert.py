@@ -91,7 +91,7 @@ def test_the_command_line_writes_a_checkpoint(authors, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert "resnet50, 100 proposals, 6 stages, 80 classes (COCO)" in done.stdout
+    assert "resnet50, 100 proposals, 6 stages, 80 classes (person, …)" in done.stdout
     model, rest = load_model(tmp_path / "out.pt")
     assert rest["config"] == Config(test_size=800) and rest["category_ids"] == list(COCO_CLASSES)
     assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])

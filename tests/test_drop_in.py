@@ -1,8 +1,7 @@
-"""In other people's code: torchvision's loop, torch.compile, copies, bfloat16, other backbones."""
+"""In other people's code: torch.compile, copies, bfloat16, other backbones."""
 
 import copy
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,94 +9,14 @@ import pytest
 import torch
 from conftest import TINY
 from torch import Tensor, nn
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FeaturePyramidNetwork, box_iou
 
 from backbone import ResNetFPN, SmallFPN, fold_batch_norms
 from head import DynamicInteraction, Stage
 from model import SparseRCNN, build_model, load_model
 from shapes import ShapesDataset
-from support.loader import collate
 
 CONFIG = replace(TINY, num_proposals=10, num_classes=3)
-
-
-def torchvisions_model() -> nn.Module:
-    """Its labels are 1 … 3, because the background is 0. Small enough for two steps per second."""
-    return fasterrcnn_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
-        num_classes=4,
-        min_size=64,
-        max_size=64,
-        rpn_post_nms_top_n_train=50,
-        rpn_post_nms_top_n_test=20,
-    )
-
-
-# What torchvision's reference scripts do, in our words. Only the model differs between the tests.
-
-
-def train_one_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable, device: str
-) -> list[float]:
-    model.train()
-    history = []
-    for images, targets in loader:
-        images = [image.to(device) for image in images]
-        targets = [
-            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()}
-            for target in targets
-        ]
-
-        loss_dict = model(images, targets)
-        losses = sum(loss for loss in loss_dict.values())
-        history.append(losses.item())
-        assert math.isfinite(history[-1]), loss_dict
-
-        optimizer.zero_grad()
-        losses.backward()
-        optimizer.step()
-    return history
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable, device: str) -> dict[int, dict[str, Tensor]]:
-    model.eval()
-    found = {}
-    for images, targets in loader:
-        outputs = model([image.to(device) for image in images])
-        for target, output in zip(targets, outputs, strict=True):
-            found[target["image_id"]] = {k: v.to("cpu") for k, v in output.items()}
-    return found
-
-
-@pytest.mark.parametrize(
-    ("make", "first_label"), [(lambda: build_model(CONFIG), 0), (torchvisions_model, 1)]
-)
-def test_a_loop_written_for_torchvision(make: Callable[[], nn.Module], first_label: int) -> None:
-    dataset, batches = ShapesDataset("demo", "train", 8), []
-    for start in (0, 4):
-        images, targets = collate([dataset[i] for i in range(start, start + 4)])
-        floats = [image.float() / 255 for image in images]
-        targets = [{**target, "labels": target["labels"] + first_label} for target in targets]
-        batches.append((floats, targets))
-    model = make()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
-    history = train_one_epoch(model, optimizer, batches, "cpu")
-    assert len(history) == 2 and all(loss > 0 for loss in history)
-    found = evaluate(model, batches, "cpu")
-    assert set(found) == {target["image_id"] for _, targets in batches for target in targets}
-    for output in found.values():
-        assert set(output) == {"boxes", "scores", "labels"}
-        boxes, scores, labels = output["boxes"], output["scores"], output["labels"]
-        assert boxes.dtype == torch.float32
-        assert labels.dtype == torch.int64
-        assert (scores.diff() <= 0).all()
-        assert len(boxes) == len(scores) == len(labels)
-        assert ((labels >= first_label) & (labels < 3 + first_label)).all()
-        assert ((boxes >= 0) & (boxes <= 96)).all()
 
 
 def trained(config=CONFIG) -> SparseRCNN:

@@ -202,6 +202,8 @@ BOXES, LABELS = torch.tensor([[2.0, 3, 9, 8], [4, 5, 20, 30]]), torch.tensor([1,
         ([torch.rand(1, 8, 8)], [objects(1, 3, 20, 20)], "image 0 is (1, 8, 8)"),
         ([torch.rand(3, 0, 8)], [objects(1, 3, 20, 20)], "image 0 is (3, 0, 8)"),
         ([torch.randint(9, (3, 32, 32))], [objects(1, 3, 20, 20)], "torch.int64"),
+        ([torch.rand(3, 32, 32) * 255], [objects(1, 3, 20, 20)], "float 0–1"),  # of .float()
+        ([torch.rand(3, 32, 32) * 2 - 1], [objects(1, 3, 20, 20)], "not normalised"),
         (IMAGE, None, "targets"),
         (IMAGE, [], "1 images but 0 targets"),
         (IMAGE, [{"boxes": BOXES, "labels": LABELS + 1}], "start at 0"),

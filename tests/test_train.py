@@ -377,7 +377,7 @@ def test_killed_twenty_times(module_flags: list[str], tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "killed/last.pt", tmp_path / "whole/last.pt")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_says_so(
     number: int, module_flags: list[str], tmp_path: Path
 ) -> None:
@@ -640,9 +640,11 @@ def test_resuming_with_other_epochs_or_validation_data_is_said(
         main([*flags, "--epochs", "1"])
     with pytest.raises(UserError, match="--freeze-backbone False: .*--weights"):
         main([*flags, "--no-freeze-backbone"])
-    assert main([*flags, "--epochs", "3", "--test-size", "64"]) == 0
+    flags += ["--epochs", "3", "--lr", "1e-5"]
+    assert main([*flags, "--test-size", "64"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"with test_size 96 → 64, epochs 2 → 3; the learning rate goes from", printed)
+    changes = r"with test_size 96 → 64, epochs 2 → 3, lr None → 1e-05; the learning rate goes from"
+    assert re.search(changes, printed)
     assert "the best AP starts afresh, on other validation data" in printed
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 3
 

@@ -19,7 +19,7 @@ from config import PRESETS, PresetName
 from model import build_model, config_of
 from support.checkpoint import KEYS, load_checkpoint, save_checkpoint
 from support.cli import parse_args, run_main
-from support.convert import COCO_CLASSES, convert_checkpoint
+from support.convert import convert_checkpoint
 from support.errors import UserError
 
 __all__ = ["convert_checkpoint"]
@@ -58,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint["config"] = config.to_dict()
     save_checkpoint(args.output, {key: checkpoint[key] for key in KEYS})
 
-    class_names = list(checkpoint["class_names"])
-    is_coco = class_names == list(COCO_CLASSES.values())
+    class_names = checkpoint["class_names"]
     print(
         f"{args.output}: {config.backbone}, {config.num_proposals} proposals, "
-        f"{config.num_stages} stages, {len(class_names)} classes{' (COCO)' if is_coco else ''}, "
+        f"{config.num_stages} stages, {len(class_names)} classes ({class_names[0]}, …), "
         f"{len(checkpoint['model'])} tensors, {args.output.stat().st_size / 1e6:.1f} MB"
     )
 
