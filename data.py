@@ -105,17 +105,16 @@ class CocoDataset(Dataset):
         self.image_ids = np.array([image.id for image in file.images])
         names = [image.file_name for image in file.images]
         self.file_names = np.array(coco_json.find_files(self.image_dir, names, self.json_file))
-        sizes_hw = []
+        own_notes = coco_json.notes_on_annotations(self.json_file, file)
         for image, name in zip(file.images, self.file_names, strict=True):
-            size_hw = (image.height, image.width)
-            if None in size_hw:
-                size_hw = read_image(os.path.join(self.image_dir, name)).shape[1:]
-            sizes_hw.append(size_hw)
-        self.sizes_hw = np.array(sizes_hw)
+            if None in (image.height, image.width):
+                picture = read_image(os.path.join(self.image_dir, name))
+                image.height, image.width = picture.shape[1:]
+        self.sizes_hw = np.array([(image.height, image.width) for image in file.images])
         self.class_names, self.category_ids, notes = coco_json.find_classes(
             self.json_file, file, class_names, allow_missing_classes, ignore_new_classes
         )
-        self.notes = (*notes, *coco_json.notes_on_annotations(self.json_file, file))
+        self.notes = (*notes, *own_notes)
         self._pack(*coco_json.pack_objects(self.json_file, file))
 
     def _pack(

@@ -274,13 +274,14 @@ def check_images(images: Sequence[Tensor]) -> None:
     if not len(images):
         raise ValueError("SparseRCNN: an empty list of images")
     for i, image in enumerate(images):
-        is_float, given = image.is_floating_point(), f"{tuple(image.shape)} of {image.dtype}"
-        is_fine = image.dim() == 3 and len(image) == 3 and 0 not in image.shape
-        is_fine = is_fine and (image.dtype == torch.uint8 or is_float)
+        given = f"{tuple(image.shape)} of {image.dtype}"
+        is_shaped = image.dim() == 3 and len(image) == 3 and 0 not in image.shape
+        is_fine = is_shaped and (image.dtype == torch.uint8 or image.is_floating_point())
         # On a GPU the model would have to wait for the values, and a compiler does not know them.
         is_known = image.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_fine and is_float and is_known and (image.min() < -0.5 or image.max() > 1.5):
-            is_fine, given = False, f"{given}, from {image.min():.3g} to {image.max():.3g}"
+        if is_fine and is_known and image.is_floating_point():
+            is_fine = not (image.min() < -0.5 or image.max() > 1.5)  # resizing may overshoot
+            given += f", from {image.min():.3g} to {image.max():.3g}"
         if not is_fine:
             raise ValueError(
                 f"SparseRCNN: image {i} is {given}; RGB images (3, H, W) are needed, uint8 0–255 "

@@ -409,9 +409,8 @@ def read_args(argv: Sequence[str]) -> tuple[TrainArgs, dict[str, Any] | None]:
         checkpoint = load_checkpoint(path)
         config = config_of(checkpoint, path, preset if "--preset" in given else None)
         default = config if args.resume else recipe_from(config, preset, given)
-        output = args.output
-        if args.resume and "--output" not in given:
-            output = Path(args.resume).parent
+        has_folder = "--output" in given or not args.resume
+        output = args.output if has_folder else Path(args.resume).parent
         args = replace(parse(TrainArgs(config=default)), resume=args.resume, output=output)
         for name in (*NETWORK, "preset", "freeze_backbone") if args.resume else NETWORK:
             asked, has = getattr(args.config, name), getattr(config, name)
@@ -553,9 +552,7 @@ def run(
         # A model that is about to be overwritten needs no ImageNet weights.
         build = partial(build, pretrained_backbone=checkpoint is None)
         training = start_training(config, world, train_set, len(loader), build)
-        notes = []
-        for dataset in datasets:
-            notes += [*dataset.notes, *notes_on_data(dataset, config)]
+        notes = [note for d in datasets for note in (*d.notes, *notes_on_data(d, config))]
         low, high = min(config.min_sizes), max(config.min_sizes)
         if not low / 2 <= config.eval_size <= 2 * high:
             notes.append(f"evaluates at {config.eval_size} pixels, but trains at {low} to {high}")

@@ -1,7 +1,7 @@
 """Programs that others wrote: torchvision's loop, torchmetrics, LBFGS, safetensors, onnxruntime."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,20 +29,11 @@ CONFIG = replace(TINY, num_proposals=10, num_classes=3)
 
 def torchvisions_model() -> nn.Module:
     """Its labels are 1 … 3, because the background is 0. Small enough for two steps per second."""
-    sizes = {"min_size": 64, "max_size": 64}
-    proposals = {"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20}
-    return fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=4, **sizes, **proposals
-    )
+    small = {"min_size": 64, "max_size": 64, "rpn_post_nms_top_n_train": 50}
+    return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, **small)
 
 
-def train_one_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Iterable,
-    device: str,
-    scaler: torch.amp.GradScaler,
-) -> list[float]:
+def train_one_epoch(model: nn.Module, optimizer, loader, device, scaler) -> list[float]:
     model.train()
     history = []
     for images, targets in loader:
@@ -67,7 +58,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable, device: str) -> dict[int, dict[str, Tensor]]:
+def evaluate(model: nn.Module, loader, device) -> dict[int, dict[str, Tensor]]:
     model.eval()
     found = {}
     for images, targets in loader:
@@ -107,14 +98,11 @@ def test_a_loop_written_for_torchvision(make: Callable[[], nn.Module], first_lab
     truth = {target["image_id"]: target for _, target in (dataset[i] for i in range(8))}
     assert set(found) == set(truth)
     for output in found.values():
-        assert set(output) == {"boxes", "scores", "labels"}
-        boxes, scores, labels = output["boxes"], output["scores"], output["labels"]
-        assert boxes.dtype == torch.float32
-        assert labels.dtype == torch.int64
-        assert (scores.diff() <= 0).all()
-        assert len(boxes) == len(scores) == len(labels)
+        boxes, scores, labels = (output[key] for key in ("boxes", "scores", "labels"))
+        assert len(output) == 3 and len(boxes) == len(scores) == len(labels)
+        assert boxes.dtype == torch.float32 and ((boxes >= 0) & (boxes <= 96)).all()
+        assert (scores.diff() <= 0).all() and labels.dtype == torch.int64
         assert ((labels >= first_label) & (labels < 3 + first_label)).all()
-        assert ((boxes >= 0) & (boxes <= 96)).all()
 
     if find_spec("torchmetrics"):
         from torchmetrics.detection import MeanAveragePrecision
@@ -133,11 +121,9 @@ def test_parameters_are_as_other_libraries_want_them(tmp_path: Path) -> None:
     assert len(parameters_to_vector(model.parameters())) == sum(
         p.numel() for p in model.parameters()
     )
-    if find_spec("safetensors"):
-        from safetensors.torch import load_file, save_file
-
-        save_file(model.state_dict(), tmp_path / "model.safetensors")
-        build_model(CONFIG).load_state_dict(load_file(tmp_path / "model.safetensors"))
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    model.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
 
     image, target = torch.rand(3, 64, 64), objects(2, 3, 64, 64)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-3, max_iter=2)
@@ -161,10 +147,8 @@ def test_the_onnx_file_in_float16_finds_the_same_objects(tmp_path: Path) -> None
     float16 = pytest.importorskip("onnxruntime.transformers.float16")
     model, checkpoint = load_model(ROOT / "assets/shapes.pt")
     model.head.stages = model.head.stages[:2]
-    config = checkpoint["config"]
-    sizes = {"test_size": config.eval_size, "max_size": config.max_size}
-    metadata = {**{name: checkpoint.get(name) for name in METADATA}, **sizes}
-    export_onnx(model, tmp_path / "full.onnx", metadata)
+    values = {**checkpoint["config"].to_dict(), **checkpoint}
+    export_onnx(model, tmp_path / "full.onnx", {name: values[name] for name in METADATA})
     half = float16.convert_float_to_float16(onnx.load(tmp_path / "full.onnx"), keep_io_types=True)
     onnx.save(half, tmp_path / "half.onnx")
     assert (tmp_path / "half.onnx").stat().st_size < 0.6 * (tmp_path / "full.onnx").stat().st_size

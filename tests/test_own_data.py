@@ -53,15 +53,6 @@ def test_a_phone_image_in_the_validation_set_is_found_before_training(
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_crowds_are_counted_in_the_summary(make_coco, run) -> None:
-    def edit(coco: Raw) -> None:
-        for annotation in coco["annotations"][4:]:
-            annotation["iscrowd"] = 1
-
-    printed = run(*data_flags(make_coco(edit=edit)))
-    assert "4 images, 4 objects" in printed and "4 of 8 annotations are crowds" in printed
-
-
 def without_cow(coco: Raw) -> None:
     cow = coco["categories"].pop()["id"]
     coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != cow]
@@ -98,19 +89,3 @@ def test_a_validation_set_with_more_classes(make_coco, run, tmp_path: Path, caps
         evaluate.main(flags)
     evaluate.main([*flags, "--ignore-new-classes"])
     assert note in capsys.readouterr().out
-
-
-def test_roboflow_names_a_category_0_after_the_project(make_coco, run, tmp_path: Path) -> None:
-    def edit(coco: Raw) -> None:
-        coco["categories"] = [
-            {"id": 0, "name": "face", "supercategory": "none"},
-            {"id": 1, "name": "face", "supercategory": "face"},
-        ]
-        for annotation in coco["annotations"]:
-            annotation["category_id"] = 1
-
-    files = make_coco(edit=edit)
-    printed = run(*data_flags(files, files))
-    assert "ignored category 0, 'face'" in printed and "8 objects of 1 classes" in printed
-    checkpoint = load_checkpoint(tmp_path / "run/last.pt")
-    assert checkpoint["class_names"] == ["face"] and checkpoint["category_ids"] == [1]
