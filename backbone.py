@@ -163,5 +163,5 @@ def imagenet_state_dict(name: str) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"no ImageNet weights for {name} ({error}). Put {weights.url} into "
             f"{torch.hub.get_dir()}/checkpoints, or start from random weights: pretrained=False, "
-            "frozen=False (of train.py: --no-pretrained-backbone --no-freeze-backbone)"
+            "frozen=False"
         ) from error
