@@ -320,7 +320,8 @@ def restore(training: Training, checkpoint: Mapping[str, Any], path: str, output
     if "optimizer" not in checkpoint:
         raise UserError(f"{path}: holds no training state; start from its weights with --weights")
     old, new = checkpoint["config"], config.to_dict()
-    batch_size, num_images = old["batch_size"], checkpoint["schedule"]["num_images"]
+    batch_size = old["batch_size"]
+    num_images = checkpoint["schedule"].get("num_images", training.num_images)
     if (batch_size, num_images) != (config.batch_size, training.num_images):
         raise UserError(
             f"{path}: a run on {num_images} images with --batch-size {batch_size}; here are "
