@@ -188,7 +188,29 @@ class SparseRCNN(nn.Module):
 
     @staticmethod
     def detections(logits: Tensor, boxes_px: Tensor, whwh_px: Tensor) -> list[dict[str, Tensor]]:
-        """One stage's predictions to detections: the N best of N·K scores, and no NMS.
+        """One stage's predictions to detections, without the boxes that have no area.
+
+        Args: as `best_of_all`.
+
+        Returns:
+            As `forward` in eval mode.
+        """
+        boxes_px, scores, labels = SparseRCNN.best_of_all(logits, boxes_px, whwh_px)
+        has_area = (boxes_px[..., 2:] > boxes_px[..., :2]).all(-1)  # (B, N)
+
+        results = []
+        for i in range(len(scores)):
+            keep = torch.nonzero(has_area[i]).squeeze(1)  # (n,)
+            results.append(
+                {"boxes": boxes_px[i][keep], "scores": scores[i][keep], "labels": labels[i][keep]}
+            )
+        return results
+
+    @staticmethod
+    def best_of_all(
+        logits: Tensor, boxes_px: Tensor, whwh_px: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The N best of a stage's N·K scores, and no NMS.
 
         Args:
             logits: (B, N, K).
@@ -196,7 +218,7 @@ class SparseRCNN(nn.Module):
             whwh_px: (B, 4), the w, h, w, h of each image.
 
         Returns:
-            As `forward` in eval mode.
+            boxes (B, N, 4) clipped to the image, scores (B, N) in falling order, labels (B, N).
         """
         num_proposals, num_classes = logits.shape[1:]
 
@@ -212,15 +234,7 @@ class SparseRCNN(nn.Module):
         # Not `clip_boxes_to_image`: it takes numbers, for which it waits for the device, and which
         # would be constants in an exported model.
         boxes_px = boxes_px.clamp(min=0).minimum(whwh_px[:, None])
-        has_area = (boxes_px[..., 2:] > boxes_px[..., :2]).all(-1)  # (B, N)
-
-        results = []
-        for i in range(len(scores)):
-            keep = torch.nonzero(has_area[i]).squeeze(1)  # (n,)
-            results.append(
-                {"boxes": boxes_px[i][keep], "scores": scores[i][keep], "labels": labels[i][keep]}
-            )
-        return results
+        return boxes_px, scores, labels
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles backbone and stages in place; takes the arguments of `nn.Module.compile`.

@@ -12,17 +12,21 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, TINY
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 import predict
+from head import RoIPooler
 from model import build_model, load_model
 from predict import Predictor
 from support import onnx_detector
 from support.checkpoint import save_checkpoint
 from support.errors import UserError
-from support.onnx_detector import OnnxDetector
+from support.matrix_pooler import MatrixPooler
+from support.onnx_detector import INPUT, OnnxDetector
+from support.runtimes import RUNTIMES, Detect
 from tools import export
-from tools.export import agree, main
+from tools.export import _OneSize, agree, check, main
 
 # So that small images have boxes for all levels of the pyramid.
 CONFIG = replace(TINY, canonical_box_px=24)
@@ -36,6 +40,7 @@ def random_checkpoint(path: Path, seed: int) -> Path:
     with torch.no_grad():
         # The first two stay the whole image, whose size can lie exactly between two levels.
         model.proposal_boxes[2:] = 0.1 + 0.8 * torch.rand(CONFIG.num_proposals - 2, 4)
+        model.proposal_boxes[2:4, :2] += 5  # outside the image: without area once it is clipped
         for name, tensor in model.state_dict().items():
             if name.endswith("running_var"):
                 tensor.uniform_(0.5, 1.5)
@@ -75,6 +80,16 @@ def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+STATIC = (70, 101)
+
+
+@pytest.fixture(scope="module")
+def static(source: Path) -> Path:
+    path = source.with_name("static.onnx")
+    main([str(source), str(path), "--static", *map(str, STATIC)])
+    return path
+
+
 def picture(height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
@@ -98,6 +113,71 @@ def test_detections_equal_pytorchs_at_any_size(
     assert found["labels"].tolist() == expected["labels"].tolist()
     assert torch.allclose(found["scores"], expected["scores"], rtol=0, atol=1e-4)
     assert torch.allclose(found["boxes"], expected["boxes"], rtol=0, atol=0.05)
+
+
+def in_reference(path: Path) -> Detect:
+    evaluator = ReferenceEvaluator(str(path))
+    return lambda image: evaluator.run(None, {INPUT: image})
+
+
+IN_ONNX = {name: load for name, (suffix, _, load) in RUNTIMES.items() if suffix == ".onnx"}
+IN_ONNX["onnx's reference"] = in_reference
+
+
+@pytest.mark.parametrize("name", IN_ONNX)
+def test_runtimes_give_pytorchs_detections(
+    exported: Path, static: Path, source: Path, name: str
+) -> None:
+    model = load_model(source)[0]
+    try:
+        detect, of_one_size = (IN_ONNX[name](path) for path in (exported, static))
+    except ImportError as error:
+        pytest.skip(str(error))
+    for size in (STATIC, (33, 65), (1, 1), (1, 50), (48, 48)):
+        assert check(detect, model, size) > 0
+    assert check(of_one_size, model, STATIC) > 0
+
+
+@pytest.mark.parametrize("suffix", [".tflite", ".pte"])
+def test_other_formats(source: Path, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip(export.FORMATS[suffix][0][0])
+    main([str(source), str(tmp_path / f"model{suffix}"), "--static", *map(str, STATIC)])
+    assert (tmp_path / f"model{suffix}").exists()  # checked by the command itself
+
+
+@torch.no_grad()
+def test_a_static_file_keeps_what_has_no_area_with_a_score_of_0(static: Path, source: Path) -> None:
+    model = load_model(source)[0]
+    [expected], [found] = model([picture(*STATIC)]), OnnxDetector(static)([picture(*STATIC)])
+    has_area = found["scores"] > 0
+    assert 0 < len(expected["scores"]) == has_area.sum() < CONFIG.num_proposals == len(has_area)
+    assert torch.allclose(found["boxes"][has_area], expected["boxes"], rtol=0, atol=0.05)
+
+    operators = {node.op_type for node in onnx.load(static).graph.node}
+    assert not operators & {"RoiAlign", "NonZero", "If", "Loop", "ScatterND", "GatherND", "Shape"}
+
+    # No detections at all.
+    model.proposal_boxes += 5
+    of_one_size = _OneSize(model.for_inference())
+    detect = lambda image: [x.numpy() for x in of_one_size(torch.from_numpy(image))]  # noqa: E731
+    assert check(detect, model, STATIC) == 0
+    model.proposal_boxes -= 5
+    with pytest.raises(UserError, match="disagree"):
+        check(detect, model, STATIC)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_matrix_products_pool_as_roi_align_does(samples: int) -> None:
+    """Boxes in the image, partly and wholly beyond it, without and with negative area."""
+    pooler = RoIPooler(5, canonical_box_px=40, sampling_ratio=samples)
+    pyramid = [torch.randn(2, 6, 64 // stride, 96 // stride) for stride in (4, 8, 16, 32)]
+    corners_px, sizes_px = 160 * torch.rand(2, 90, 2) - 40, 60 * torch.randn(2, 90, 2)
+    sizes_px[:, ::9] = 0
+    boxes_px = torch.cat((corners_px, corners_px + sizes_px), -1)  # (2, 90, 4)
+    assert set(pooler.levels(boxes_px).flatten().tolist()) == {0, 1, 2, 3}
+    torch.testing.assert_close(
+        MatrixPooler(pooler)(pyramid, boxes_px), pooler(pyramid, boxes_px), rtol=0, atol=1e-4
+    )
 
 
 def test_the_sizes_above_use_all_levels_and_classes(source: Path) -> None:
@@ -163,7 +243,7 @@ def test_a_file_that_disagrees_is_not_written(
     other = random_checkpoint(tmp_path / "other.pt", seed=5)
     (tmp_path / "model.onnx").write_bytes(b"what was there before")
     # An exporter that gets everything wrong: it writes another model.
-    monkeypatch.setattr(export, "export_onnx", lambda model, path, *_: shutil.copy(exported, path))
+    monkeypatch.setattr(export, "export_model", lambda model, path, *_: shutil.copy(exported, path))
     with pytest.raises(UserError, match=r"not written: .* disagree on an image of 96×128"):
         main([str(other), str(tmp_path / "model.onnx")])
     assert (tmp_path / "model.onnx").read_bytes() == b"what was there before"
@@ -208,5 +288,11 @@ def test_mistakes_are_found_before_the_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "load_model", lambda *_: pytest.fail("work was begun"))
-    with pytest.raises(UserError, match=r"last\.pt: .* end in \.onnx"):
-        main([str(source), str(source)])
+    monkeypatch.setattr(export, "find_spec", lambda _: None)
+    for wrong, reason in (
+        ([str(source)], r"last\.pt: .* end in \.onnx"),
+        (["model.tflite"], r"\.tflite needs --static"),
+        (["model.pte", "--static", "70", "101"], "pip install executorch"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            main([str(source), *wrong])
