@@ -5,7 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import onnx
@@ -22,14 +26,13 @@ from predict import Predictor
 from support import onnx_detector
 from support.checkpoint import save_checkpoint
 from support.errors import UserError
-from support.matrix_pooler import MatrixPooler
 from support.onnx_detector import INPUT, OnnxDetector
-from support.runtimes import RUNTIMES, Detect
 from tools import export
-from tools.export import _OneSize, agree, check, main
+from tools.export import RUNTIMES, Detect, MatrixPooler, _OneSize, agree, check, main
 
 # So that small images have boxes for all levels of the pyramid.
 CONFIG = replace(TINY, canonical_box_px=24)
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NAMES, IDS = ["Kätzchen", 'a "dog"', "cow"], [7, -3, 1000]
 
 
@@ -169,15 +172,15 @@ def test_a_static_file_keeps_what_has_no_area_with_a_score_of_0(static: Path, so
 @pytest.mark.parametrize("samples", [1, 2])
 def test_matrix_products_pool_as_roi_align_does(samples: int) -> None:
     """Boxes in the image, partly and wholly beyond it, without and with negative area."""
-    pooler = RoIPooler(5, canonical_box_px=40, sampling_ratio=samples)
+    settings = {"roi_size": 5, "canonical_box_px": 40, "sampling_ratio": samples}
+    pooler, ours = RoIPooler(**settings), MatrixPooler(**settings)
     pyramid = [torch.randn(2, 6, 64 // stride, 96 // stride) for stride in (4, 8, 16, 32)]
     corners_px, sizes_px = 160 * torch.rand(2, 90, 2) - 40, 60 * torch.randn(2, 90, 2)
     sizes_px[:, ::9] = 0
     boxes_px = torch.cat((corners_px, corners_px + sizes_px), -1)  # (2, 90, 4)
     assert set(pooler.levels(boxes_px).flatten().tolist()) == {0, 1, 2, 3}
-    torch.testing.assert_close(
-        MatrixPooler(pooler)(pyramid, boxes_px), pooler(pyramid, boxes_px), rtol=0, atol=1e-4
-    )
+    expected = pooler(pyramid, boxes_px)
+    torch.testing.assert_close(ours(pyramid, boxes_px), expected, rtol=0, atol=1e-4)
 
 
 def test_the_sizes_above_use_all_levels_and_classes(source: Path) -> None:
@@ -296,3 +299,52 @@ def test_mistakes_are_found_before_the_work(
     ):
         with pytest.raises(UserError, match=reason):
             main([str(source), *wrong])
+
+
+# --- tools/browser.html ---
+
+
+@pytest.fixture
+def address(tmp_path: Path, exported: Path) -> Iterator[str]:
+    """The page in a folder with the file and onnxruntime-web, served as its first lines say."""
+    npm = [shutil.which("npm"), "install", "--ignore-scripts", "--no-audit", "--no-fund"]
+    if CHROMIUM is None or npm[0] is None:
+        pytest.skip("needs Chromium and npm")
+    web = [*npm, "onnxruntime-web@1.30.0", "--prefix", tmp_path]
+    if subprocess.run(web, capture_output=True, timeout=300).returncode:
+        pytest.skip("npm cannot install onnxruntime-web")
+    shutil.copy(ROOT / "tools/browser.html", tmp_path / "index.html")
+    shutil.copy(exported, tmp_path / "model.onnx")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@torch.no_grad()
+def test_the_page_gives_pytorchs_detections(address: str, source: Path, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    # Of the model's size, because browsers do not resize as torchvision does.
+    image = picture(72, 96)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    [expected] = load_model(source)[0]([image])
+
+    complaints: list[str] = []
+    with playwright.sync_playwright() as manager:
+        chromium = manager.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        page.set_input_files("#file", tmp_path / "photo.png")
+        page.get_by_text("found in").wait_for(timeout=120_000)
+        found = page.evaluate("[[...found.boxes], [...found.scores], found.labels]")
+        boxes, scores, labels = map(torch.tensor, found)
+        for least in ("0.4", "0.95"):
+            page.fill("#least", least)
+            count = int((expected["scores"] >= float(least)).sum())
+            assert page.inner_text("#status").startswith(f"{count} boxes")
+        chromium.close()
+    assert labels.tolist() == expected["labels"].tolist() and complaints == []
+    torch.testing.assert_close(boxes.view(-1, 4), expected["boxes"], rtol=0, atol=0.01)
+    torch.testing.assert_close(scores, expected["scores"], rtol=0, atol=1e-4)

@@ -1,9 +1,10 @@
 """A checkpoint to a file for other runtimes: `python -m tools.export last.pt model.onnx`.
 
 The file holds everything from pixels to detections: normalisation, padding, all stages, top-N and
-clipping. It is kept only if its detections agree with PyTorch's. onnxruntime and others run it
-without PyTorch, and `predict.py --weights model.onnx` takes it. `python -m experiments.runtimes`
-tells which runtimes do, and how far they are from PyTorch.
+clipping. It is kept only if its detections agree with PyTorch's. Many runtimes run it without
+PyTorch, and `predict.py --weights model.onnx` takes it. With `--compare` the file, which is there
+already, is run by all runtimes that are installed (requirements-devices.txt lists them), on a data
+set in COCO's format, and a table tells how far from PyTorch each of them is.
 
 In:  `image` (3, H, W) uint8 RGB, of any height and width. Like `SparseRCNN` itself the file does
      not resize.
@@ -14,56 +15,108 @@ Height and width are free, but there is one image at a time. Detections depend a
 an image is padded; alone, each is padded to the next multiple of 32 and no further.
 
 With `--static HEIGHT WIDTH` the file takes images of this size only, and no shape in it depends on
-what is in the image: phones' and compilers' runtimes need that. It always gives N detections. Those
+what is in the image: compilers and phones' runtimes need that. It always gives N detections. Those
 without area, which `SparseRCNN` drops, stay in their places with a score of 0. RoIAlign becomes
-matrix products (support/matrix_pooler.py). Only such files can end in `.tflite` (LiteRT) or `.pte`
+matrix products (`MatrixPooler`). Only such files can end in `.tflite` (LiteRT) or `.pte`
 (ExecuTorch).
 
 The metadata of an ONNX file holds, as JSON, `class_names`, `category_ids`, and the `test_size` and
 `max_size` (pixels) that images should be resized to beforehand.
 
-Shapes: n detections of the file, m of PyTorch, on one image; N proposals.
+Shapes: n detections of the file, m of PyTorch, on one image; B images, N proposals per image, C
+channels, maps of H×W cells, R×R bins per region.
 """
 
 import json
 import logging
 import sys
+import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import validation_set
+from evaluate import coco_metrics, coco_results
+from head import RoIPooler
 from model import SparseRCNN, load_model
-from support import runtimes
 from support.cli import parse_args, run_main
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.files import make_folder, replacing
-from support.matrix_pooler import MatrixPooler
 from support.onnx_detector import INPUT, METADATA, OUTPUTS
-from support.runtimes import Detect
 
 # The version of ONNX's operators. torch writes none before it.
 OPSET = 18
-# For each format, the packages that it needs and the runtime that checks it.
-FORMATS = {
-    ".onnx": (("onnx", "onnxscript", "onnxruntime"), runtimes.onnxruntime),
-    ".tflite": (("litert_torch",), runtimes.litert),
-    ".pte": (("executorch",), runtimes.executorch),
-}
 # How far a file may be from PyTorch.
 BOX_TOLERANCE_PX = 0.05
 SCORE_TOLERANCE = 1e-4
+# `--compare` looks at the boxes with a higher score.
+CONFIDENT = 0.5
 
 
-# --- writing ---
+# --- the model ---
+
+
+class MatrixPooler(RoIPooler):
+    """RoIAlign as matrix products: the same regions up to rounding, for boxes that are finite.
+
+    A bin is a weighted sum of a map's cells, and the weights are products: how much a row counts
+    does not depend on the column. So pooling is one matrix product along y and one along x, between
+    the map and two matrices that depend on the boxes alone. Nearly all their entries are zero,
+    which is wasteful. But every runtime can multiply matrices, while few have RoIAlign, and not all
+    of those agree on it. All boxes are pooled from all levels; a mask keeps the level that fits.
+    """
+
+    def forward(self, pyramid: Sequence[Tensor], boxes_px: Tensor) -> Tensor:
+        """pyramid of (B, C, H, W), boxes_px (B, N, 4) -> (B·N, C, R, R)."""
+        B, C = pyramid[0].shape[:2]
+        N, R = boxes_px.shape[1], self.roi_size
+        levels = self.levels(boxes_px)  # (B, N)
+
+        regions = 0.0
+        for i, features in enumerate(pyramid):
+            H, W = features.shape[2:]
+            # As aligned=True: a cell's value belongs to its centre.
+            x1, y1, x2, y2 = (boxes_px / self.strides[i] - 0.5).unbind(-1)  # (B, N), in cells
+            rows = self.weights(y1, y2, H) * (levels == i)[..., None, None]  # (B, N, R, H)
+            columns = self.weights(x1, x2, W).view(B * N, 1, R, W)
+            table = features.permute(0, 2, 3, 1).reshape(B, H, W * C)
+            pooled = rows.view(B, N * R, H) @ table  # (B, N·R, W·C)
+            regions = regions + columns @ pooled.view(B * N, R, W, C)  # (B·N, R, R, C)
+        return regions.permute(0, 3, 1, 2)
+
+    def weights(self, low: Tensor, high: Tensor, length: int) -> Tensor:
+        """Along one axis: how much each cell counts in each bin.
+
+        Args:
+            low, high: (B, N) ends of the regions, in cells.
+            length: cells of the map along this axis.
+
+        Returns:
+            (B, N, R, length)
+        """
+        R, samples = self.roi_size, self.sampling_ratio
+        steps = torch.arange(R * samples, device=low.device) + 0.5
+        at = low[..., None] + (high - low)[..., None] / (R * samples) * steps  # (B, N, R·samples)
+        # torchvision's border: a sample more than one cell outside counts as zero, a nearer one
+        # takes the value of the edge.
+        is_near = (at >= -1) & (at <= length)
+        at = at.clamp(0, length - 1)[..., None]
+        shares = (1 - (at - torch.arange(length, device=low.device)).abs()).clamp(min=0)
+        shares = shares * is_near[..., None]  # (B, N, R·samples, length)
+        return shares.unflatten(2, (R, samples)).mean(3)
 
 
 class _OneImage(nn.Module):
@@ -84,7 +137,10 @@ class _OneSize(_OneImage):
 
     def __init__(self, model: SparseRCNN):
         super().__init__(model)
-        model.head.pooler = MatrixPooler(model.head.pooler)
+        pooler = model.head.pooler
+        model.head.pooler = MatrixPooler(
+            pooler.roi_size, pooler.strides, pooler.canonical_box_px, pooler.sampling_ratio
+        )
         # ExecuTorch does not take weights with channels last in memory.
         model.backbone.to(memory_format=torch.contiguous_format)
 
@@ -96,6 +152,9 @@ class _OneSize(_OneImage):
         best = self.model.best_of_all(last.logits[-1], last.boxes[-1], whwh_px)
         boxes, scores, labels = (tensor[0] for tensor in best)
         return boxes, scores * (boxes[:, 2:] > boxes[:, :2]).all(1), labels
+
+
+# --- writing ---
 
 
 def export_model(
@@ -161,6 +220,90 @@ def export_model(
         logging.disable(logging.NOTSET)
 
 
+# --- runtimes: each loads a file and gives a function from an image to boxes, scores, labels ---
+
+Detect = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+def onnxruntime(path: Path) -> Detect:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(list(OUTPUTS), {INPUT: image})
+
+
+def openvino(path: Path, **hints: str) -> Detect:
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": 1, **hints}
+    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    return lambda image: list(compiled([image]).values())
+
+
+def opencv(path: Path) -> Detect:
+    import cv2
+
+    cv2.setNumThreads(1)
+    net = cv2.dnn.readNetFromONNX(str(path))
+
+    def detect(image: np.ndarray) -> Sequence[np.ndarray]:
+        net.setInput(image, INPUT)
+        return net.forward(list(OUTPUTS))
+
+    return detect
+
+
+def iree(path: Path) -> Detect:
+    import iree.runtime
+
+    module = iree.runtime.load_vm_flatbuffer_file(str(path), driver="local-sync")
+    return lambda image: [output.to_host() for output in module.main_graph(image)]
+
+
+def litert(path: Path) -> Detect:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    (given,) = interpreter.get_input_details()
+
+    def detect(image: np.ndarray) -> Sequence[np.ndarray]:
+        interpreter.set_tensor(given["index"], image)
+        interpreter.invoke()
+        return [interpreter.get_tensor(each["index"]) for each in interpreter.get_output_details()]
+
+    return detect
+
+
+def executorch(path: Path) -> Detect:
+    import executorch.runtime
+
+    method = executorch.runtime.Runtime.get().load_program(path).load_method("forward")
+    return lambda image: [output.numpy() for output in method.execute([torch.from_numpy(image)])]
+
+
+# As it comes, OpenVINO computes in bfloat16 where the processor has it.
+float32_openvino = partial(openvino, INFERENCE_PRECISION_HINT="f32")
+# Which files each takes, its package as in requirements-devices.txt, and its function.
+RUNTIMES = {
+    "onnxruntime": (".onnx", "onnxruntime", onnxruntime),
+    "OpenVINO, float32": (".onnx", "openvino", float32_openvino),
+    "OpenVINO as it comes": (".onnx", "openvino", openvino),
+    "OpenCV": (".onnx", "opencv-python-headless", opencv),
+    "LiteRT": (".tflite", "ai-edge-litert", litert),
+    "ExecuTorch": (".pte", "executorch", executorch),
+    "IREE": (".vmfb", "iree-base-runtime", iree),
+}
+# For each format, the packages that it needs and the runtime that checks it.
+FORMATS = {
+    ".onnx": (("onnx", "onnxscript", "onnxruntime"), onnxruntime),
+    ".tflite": (("litert_torch",), litert),
+    ".pte": (("executorch",), executorch),
+}
+
+
 # --- checking ---
 
 
@@ -191,6 +334,14 @@ def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return not bool((found["scores"].diff() > 0).any())
 
 
+def run(detect: Detect, image: Tensor) -> dict[str, Tensor]:
+    """A file's detections in the form of `SparseRCNN`, without those that have no area."""
+    arrays = detect(image.contiguous().numpy())
+    found = {name: torch.from_numpy(array) for name, array in zip(OUTPUTS, arrays, strict=True)}
+    has_area = found["scores"] != 0
+    return {name: tensor[has_area] for name, tensor in found.items()}
+
+
 def check(detect: Detect, model: SparseRCNN, size_hw: tuple[int, int]) -> int:
     """Runs a file and its model, on the CPU, on an image of random pixels.
 
@@ -204,10 +355,7 @@ def check(detect: Detect, model: SparseRCNN, size_hw: tuple[int, int]) -> int:
     image = torch.randint(256, (3, *size_hw), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
         [expected] = model([image])
-    arrays = [torch.from_numpy(array) for array in detect(image.numpy())]
-    found = dict(zip(OUTPUTS, arrays, strict=True))
-    has_area = found["scores"] != 0  # a file of one image size keeps the others
-    found = {name: tensor[has_area] for name, tensor in found.items()}
+    found = run(detect, image)
     if not agree(found, expected):
         raise UserError(
             "not written: the file and PyTorch disagree on an image of "
@@ -216,12 +364,46 @@ def check(detect: Detect, model: SparseRCNN, size_hw: tuple[int, int]) -> int:
     return len(found["scores"])
 
 
-def count_operations(model: nn.Module, size_hw: tuple[int, int]) -> int:
-    """Of convolutions and matrix products, in one image."""
-    image = torch.zeros(3, *size_hw, dtype=torch.uint8)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return counter.get_total_flops()
+def compare(path: Path, model: SparseRCNN, dataset: Dataset) -> None:
+    """Prints a row for each runtime that is installed and takes the file, or why it refuses it."""
+    versions = {package.name: package.version for package in distributions()}
+    print("| runtime | largest difference | AP | ms | time / PyTorch |\n|---|---:|---:|---:|---:|")
+    for name, (suffix, package, load) in RUNTIMES.items():
+        if suffix == path.suffix and package in versions:
+            try:
+                row = measure(load(path), model, dataset)
+            except Exception as error:  # of any kind: what a runtime refuses is a result too
+                row = first_line(error)
+            print(f"| {name} {versions[package]} | {row} |", flush=True)
+
+
+@torch.inference_mode()
+def measure(detect: Detect, model: SparseRCNN, dataset: Dataset) -> str:
+    """A row of the table.
+
+    The difference is the largest one between a confident box of PyTorch and the nearest box of the
+    runtime with the same label. The runtime takes turns with PyTorch, so that whatever else the
+    machine is doing slows both alike; times are medians over the images.
+    """
+    differences_px, records, seconds = [0.0], [], []
+    for i in range(len(dataset)):
+        image, target = dataset[i]
+        image = image.as_subclass(Tensor)
+        start = time.perf_counter()
+        [expected] = model([image])
+        middle = time.perf_counter()
+        found = run(detect, image)
+        seconds.append((middle - start, time.perf_counter() - middle))
+
+        distance_px = (found["boxes"][:, None] - expected["boxes"]).abs().amax(-1)  # (n, m)
+        distance_px[found["labels"][:, None] != expected["labels"]] = torch.inf
+        differences_px += distance_px[:, expected["scores"] > CONFIDENT].amin(0).tolist()
+        records += coco_results(found, target, image.shape[1:], dataset.category_ids)
+
+    ap = 100 * coco_metrics(dataset.coco(), records)["AP"]
+    of_pytorch, of_runtime = np.median(seconds, axis=0)
+    times = f"{1000 * of_runtime:.0f} | {of_runtime / of_pytorch:.2f}"
+    return f"{max(differences_px):.1g} px | {ap:.2f} | {times}"
 
 
 # --- command line ---
@@ -234,6 +416,13 @@ class ExportArgs:
     # Height and width in pixels: the file takes images of this size only, and runs where no shape
     # may depend on the image.
     static: tuple[int, int] | None = None
+    compare: bool = (
+        False  # write nothing; run the file by all runtimes, and print how far off they are
+    )
+    val_json: str | None = (
+        None  # annotations (COCO format) for --compare; by default the checkpoint's
+    )
+    val_images: str | None = None  # folder that the file names in --val-json are relative to
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -243,6 +432,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: a mistake that the user can fix.
     """
     args = parse_args(argv, ExportArgs, "python -m tools.export", __doc__.split("\n\n")[0])
+    if args.compare:
+        model, checkpoint = load_model(args.source)
+        given = {"val_json": args.val_json, "val_images": args.val_images}
+        config = replace(checkpoint["config"], **{k: v for k, v in given.items() if v})
+        dataset = validation_set({**checkpoint, "config": config})
+        return compare(args.output, model.for_inference(), dataset)
+
     # Mistakes are found before the minute that an export takes.
     suffix = args.output.suffix
     if suffix not in FORMATS or args.output.is_dir():
@@ -274,8 +470,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for (height, width), count in zip(sizes_hw, counts, strict=True):
         print(f"  {height}×{width} pixels: {count} detections in the file and in PyTorch")
     if args.static is not None:
-        plain, static = _OneImage(model), _OneSize(model.for_inference())
-        ratio = count_operations(static, args.static) / count_operations(plain, args.static)
+        image, operations = torch.zeros(3, *args.static, dtype=torch.uint8), []
+        for each in (_OneImage(model), _OneSize(model.for_inference())):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                each(image)
+            operations.append(counter.get_total_flops())
+        ratio = operations[1] / operations[0]
         print(f"  matrix products in place of RoIAlign: {ratio - 1:.0%} more operations")
 
 
