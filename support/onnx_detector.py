@@ -90,11 +90,23 @@ class OnnxDetector:
         Returns:
             For each image a dict of `boxes` (n, 4) float32 xyxy pixels of that image, `scores`
             (n,) float32 in descending order and `labels` (n,) int64, all on the CPU.
+
+        Raises:
+            UserError: the file does not take an image of this size.
         """
         results = []
         for image in images:
-            arrays = self._run({INPUT: image.cpu().contiguous().numpy()})
-            results.append({name: torch.from_numpy(arrays[name]) for name in OUTPUTS})
+            try:
+                arrays = self._run({INPUT: image.cpu().contiguous().numpy()})
+            except Exception as error:  # as above
+                height, width = image.shape[1:]
+                raise UserError(
+                    f"the ONNX file does not take an image of {height}×{width} pixels, perhaps "
+                    f"because it was exported with --static ({first_line(error)})"
+                ) from None
+            found = {name: torch.from_numpy(arrays[name]) for name in OUTPUTS}
+            has_area = found["scores"] > 0  # a file of one size keeps those without, with 0
+            results.append({name: tensor[has_area] for name, tensor in found.items()})
         return results
 
 

@@ -416,12 +416,10 @@ class ExportArgs:
     # Height and width in pixels: the file takes images of this size only, and runs where no shape
     # may depend on the image.
     static: tuple[int, int] | None = None
-    compare: bool = (
-        False  # write nothing; run the file by all runtimes, and print how far off they are
-    )
-    val_json: str | None = (
-        None  # annotations (COCO format) for --compare; by default the checkpoint's
-    )
+    # Write nothing: run the file in all runtimes that are installed, and print a table.
+    compare: bool = False
+    # Annotations (COCO format) for --compare; by default those of the training run.
+    val_json: str | None = None
     val_images: str | None = None  # folder that the file names in --val-json are relative to
 
 
