@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 import backbone
+from model import load_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
@@ -24,15 +25,18 @@ PAGES = [
 ]
 
 
-def test_every_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
     # No ImageNet weights without a network: random ones of the same names and shapes.
     monkeypatch.setattr(backbone, "imagenet_state_dict", lambda name: get_model(name).state_dict())
     names = {
         "picture": Image.new("RGB", (96, 96), (90, 120, 60)),
         "images": [torch.rand(3, 64, 64), torch.rand(3, 64, 48)],
         "targets": [objects(2, 80, 64, 64), objects(1, 80, 48, 64)],
+        "names": [f"class {i}" for i in range(80)],
+        "ids": list(range(80)),
     }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -40,6 +44,7 @@ def test_every_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(names["found"]) >= {"boxes", "scores", "names"}
     assert set(names["detections"][0]) >= {"boxes", "scores"}
     assert len(names["losses"]) == 18
+    assert load_model(tmp_path / "own.pt")[1]["class_names"] == names["names"]
 
 
 def test_the_function_beside_the_pseudocode_is_ours() -> None:
