@@ -35,7 +35,7 @@ from config import PRESETS, PresetName
 from data import Target, notes_on_data, validation_set
 from model import load_model
 from support.cli import parse_args, run_main
-from support.devices import AMP_DTYPES, choose_threads
+from support.devices import AMP_DTYPES, choose_threads, describe
 from support.distributed import World, join_world
 from support.errors import UserError
 from support.files import make_folder, write_json
@@ -77,10 +77,9 @@ def evaluate(
         image_bytes: the most that an image takes; see `make_loader`.
 
     Returns:
-        The metrics: those of `coco_metrics`, `images` (how many), `max_dets`, `speed` (`fps`,
-        `device`, `dtype`, `resolution`, `batch_size`, `processes`) and `other_classes` (how many
-        detections were left out because the data set does not have their class). And the detections
-        in COCO's results format. All processes get all of it.
+        The metrics: those of `coco_metrics`, `images` (how many), `max_dets` and `speed` (`fps`,
+        `device`, `dtype`, `resolution`, `batch_size`, `processes`). And the detections in COCO's
+        results format. All processes get all of it.
 
     Raises:
         UserError: an image cannot be loaded. An AP of the others would not be the data set's.
@@ -92,17 +91,17 @@ def evaluate(
     records: list[dict[str, Any]] = []
     rates: list[float] = []  # images per second, one per batch
     sizes_hw: list[tuple[int, int]] = []  # of the images as the model saw them
-    num_other_classes = 0
     # None: only on a terminal. Standard error itself is None if it is closed.
     is_hidden = None if progress and world.is_main and sys.stderr else True
     for images, targets in tqdm(loader, "evaluate", unit="batch", disable=is_hidden, leave=False):
-        found, seconds = timed_forward(model, images, world.device, amp)
-        rates.append(len(images) / seconds)
+        start = time.perf_counter()
+        with torch.autocast(world.device.type, AMP_DTYPES[amp], enabled=amp != "off"):
+            found = model([image.to(world.device, non_blocking=True) for image in images])
+        found = [{name: value.cpu() for name, value in one.items()} for one in found]  # and waits
+        rates.append(len(images) / (time.perf_counter() - start))
         for image, target, detections in zip(images, targets, found, strict=True):
             resized_hw = tuple(image.shape[-2:])
-            results = coco_results(detections, target, resized_hw, dataset.category_ids)
-            num_other_classes += len(detections["labels"]) - len(results)
-            records += results
+            records += coco_results(detections, target, resized_hw, dataset.category_ids)
             sizes_hw.append(resized_hw)
 
     parts = world.gather((records, rates[WARMUP_BATCHES:] or rates, sizes_hw))
@@ -111,20 +110,16 @@ def evaluate(
     metrics = world.gather(metrics)[0]
 
     height, width = sorted(sizes_hw)[len(sizes_hw) // 2]
-    is_cuda = world.device.type == "cuda"
-    name = torch.cuda.get_device_name(world.device) if is_cuda else world.device.type
     metrics["speed"] = {
         # The median over the batches: a short hiccup of a shared machine does not change it.
         "fps": statistics.median(rates) * world.size,
-        "device": name if is_cuda else f"{name}, {torch.get_num_threads()} threads",
+        "device": describe(world.device),
         "dtype": str(AMP_DTYPES[amp]).removeprefix("torch."),
         "resolution": f"{height}×{width}",
         "batch_size": batch_size,
         "processes": world.size,
     }
-    metrics |= {"images": len(sizes_hw), "max_dets": max_dets}
-    metrics["other_classes"] = int(world.sum(num_other_classes)[0])
-    return metrics, records
+    return metrics | {"images": len(sizes_hw), "max_dets": max_dets}, records
 
 
 # --- from a data set to detections ---
@@ -147,24 +142,6 @@ def same_padding_batches(dataset: Dataset, batch_size: int) -> list[list[int]]:
     return batches
 
 
-def timed_forward(
-    model: nn.Module, images: Sequence[Tensor], device: torch.device, amp: str
-) -> tuple[list[dict[str, Tensor]], float]:
-    """The model's detections in a batch, and the seconds that they took."""
-
-    def wait() -> None:  # GPUs run behind the program
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    images = [image.to(device, non_blocking=True) for image in images]
-    wait()
-    start = time.perf_counter()
-    with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-        found = model(images)
-    wait()
-    return found, time.perf_counter() - start
-
-
 def coco_results(
     found: dict[str, Tensor],
     target: Target,
@@ -174,7 +151,7 @@ def coco_results(
     """One image's detections in COCO's results format.
 
     Args:
-        found: in pixels of the resized image.
+        found: in pixels of the resized image, on the CPU.
         target: says which image it is, and the size of its file.
         resized_hw: what the transforms made of it.
         category_ids: K ids, None for a class that the data set does not have: detections of it are
@@ -185,8 +162,7 @@ def coco_results(
     """
     height, width = target["size_hw"]
     scale = [width / resized_hw[1], height / resized_hw[0]] * 2
-    scale = torch.tensor(scale, dtype=torch.float32, device=found["boxes"].device)  # (4,)
-    boxes = found["boxes"] * scale  # (n, 4)
+    boxes = found["boxes"] * torch.tensor(scale, dtype=torch.float32)  # (n, 4)
     boxes[:, 2:] -= boxes[:, :2]  # xyxy -> xywh
 
     records = []
@@ -227,8 +203,10 @@ def coco_metrics(
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if detections:
             found = ground_truth.loadRes([dict(detection) for detection in detections])
-        else:
-            found = _no_results(ground_truth)
+        else:  # what `loadRes` would give, if it did not fail
+            found = COCO()
+            found.dataset = {**ground_truth.dataset, "annotations": []}
+            found.createIndex()
         run = COCOeval(ground_truth, found, "bbox")
         run.params.maxDets = [max_dets]
         run.evaluate()
@@ -251,18 +229,6 @@ def coco_metrics(
         for k, category_id in enumerate(run.params.catIds)
     }
     return metrics
-
-
-def _no_results(ground_truth: COCO) -> COCO:
-    """What `loadRes` would give for an empty list, on which it fails."""
-    found = COCO()
-    found.dataset = {
-        "images": ground_truth.dataset["images"],
-        "categories": ground_truth.dataset["categories"],
-        "annotations": [],
-    }
-    found.createIndex()
-    return found
 
 
 def _mean(values: np.ndarray) -> float:
@@ -351,11 +317,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         for note in (*dataset.notes, *notes_on_data(dataset, config)):
             print(f"note: {note}")
-        if metrics["other_classes"]:
-            print(
-                f"note: left out {metrics['other_classes']} detections of classes that the "
-                "annotations do not have"
-            )
         print(format_table(metrics, args.per_class))
         write_json(args.output / "detections.json", detections)
         write_json(args.output / "metrics.json", metrics, indent=2)

@@ -28,6 +28,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def describe(device: torch.device) -> str:
+    """What tables call a device: a GPU's own name, or "cpu, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def choose_threads(device: torch.device, backbone: str, amp: str = "off") -> None:
     """Runs the small backbone on one CPU thread, and warns if the CPU only emulates bfloat16.
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from support.devices import describe
 from support.distributed import World
 from support.errors import UserError
 from support.files import replacing, write_json
@@ -115,9 +116,6 @@ class Report:
         if not self.world.is_main:
             return
         config, world = training.config, self.world
-        device = f"{world.device.type} ({torch.get_num_threads()} threads)"
-        if world.device.type == "cuda":
-            device = torch.cuda.get_device_name(world.device)
         counts = train_set.objects_per_image
         trained, frozen = (
             sum(p.numel() for p in training.model.parameters() if p.requires_grad == is_trained)
@@ -128,7 +126,7 @@ class Report:
         print(
             f"versions      python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}, revision {git_revision()}\n"
-            f"devices       {world.size} × {device}\n"
+            f"devices       {world.size} × {describe(world.device)}\n"
             f"batch         {config.batch_size} images: {world.size} processes × {per_process}, "
             f"{min(config.micro_batch or per_process, per_process)} at a time\n"
             f"data          {len(train_set)} images, {counts.sum()} objects of "
