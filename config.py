@@ -22,6 +22,21 @@ NETWORK = (
     *("ffn_dim", "num_cls_layers", "num_reg_layers", "roi_size", "canonical_box_px"),
 )
 
+# Lowest and highest values, only of settings that would otherwise pass silently, or fail far from
+# here.
+RANGES = {
+    """
+    min_sizes crop_resize crop_sizes shapes_train shapes_val max_size test_size epochs batch_size
+    micro_batch eval_every max_dets max_bad_steps num_classes num_proposals num_stages hidden_dim
+    dynamic_dim num_heads ffn_dim roi_size canonical_box_px""": (1, math.inf),
+    """
+    class_weight l1_weight giou_weight weight_decay workers seed num_cls_layers num_reg_layers
+    checkpoint_minutes warmup_steps""": (0, math.inf),
+    "lr lr_at_16 clip_norm": (1e-12, math.inf),
+    "color_jitter focal_alpha warmup_factor dropout prior_prob milestones": (0, 1),
+    "focal_gamma": (0, 100),
+}
+
 PresetName = Literal["r50-100", "r50-300", "r101-100", "r101-300", "shapes", "small"]
 
 
@@ -124,40 +139,17 @@ class Config:
     prior_prob: float = 0.01  # initial score of every class: bias = -log((1 - p) / p) (code)
 
     def __post_init__(self) -> None:
-        # Only what would pass silently, or fail far from here.
-        for name in ("min_sizes", "crop_resize", "crop_sizes"):
-            is_sizes = min(getattr(self, name), default=0) >= 1
-            self._require(name, is_sizes, "should hold sizes of at least 1 pixel")
-        counts = """
-            num_classes num_proposals num_stages hidden_dim dynamic_dim num_heads ffn_dim roi_size
-            canonical_box_px epochs batch_size shapes_train shapes_val eval_every max_size
-            max_bad_steps max_dets"""
-        for name in counts.split():
-            self._require(name, getattr(self, name) >= 1, "should be at least 1")
-        self._require("test_size", self.eval_size >= 1, "should be at least 1")
-        for name in ("lr", "lr_at_16", "clip_norm"):
-            is_rate = getattr(self, name) is None or 0 < getattr(self, name) < math.inf
-            self._require(name, is_rate, "should be a number greater than 0")
-        weights = """
-            class_weight l1_weight giou_weight weight_decay workers seed num_cls_layers
-            num_reg_layers checkpoint_minutes warmup_steps"""
-        for name in weights.split():
-            is_weight = 0 <= getattr(self, name) < math.inf
-            self._require(name, is_weight, "should be a number of at least 0")
-        for name in ("color_jitter", "focal_alpha", "warmup_factor", "dropout", "prior_prob"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "should lie in 0 … 1")
-
-        gamma = self.focal_gamma
+        for names, (low, high) in RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                values = value if isinstance(value, tuple) else (value,)
+                if not all(v is None or (low <= v <= high and v < math.inf) for v in values):
+                    raise UserError(f"config: {name}={value} should lie in {low} … {high}")
+        if not (self.min_sizes and self.crop_resize):
+            raise UserError("config: min_sizes and crop_resize should not be empty")
         # Between 0 and 1 the gradient of (1 − p)^γ is infinite at p = 1.
-        self._require("focal_gamma", gamma == 0 or 1 <= gamma < 100, "should be 0, or at least 1")
-        are_shares = all(0 < milestone < 1 for milestone in self.milestones)
-        self._require("milestones", are_shares, "should be shares of the run, such as 0.75")
-        is_part = self.micro_batch is None or 1 <= self.micro_batch <= self.batch_size
-        self._require("micro_batch", is_part, f"should lie in 1 … batch_size={self.batch_size}")
-
-    def _require(self, name: str, is_fine: bool, problem: str) -> None:
-        if not is_fine:
-            raise UserError(f"config: {name}={getattr(self, name)} {problem}")
+        if 0 < self.focal_gamma < 1:
+            raise UserError(f"config: focal_gamma={self.focal_gamma} should be 0, or at least 1")
 
     @property
     def eval_size(self) -> int:

@@ -523,10 +523,7 @@ def run(
         train_set = make_dataset(config, "train", class_names=known_names)
         require_objects(train_set)
         val_set = make_dataset(
-            config,
-            "val",
-            class_names=train_set.class_names,
-            ignore_new_classes=args.ignore_new_classes,
+            config, "val", train_set.class_names, ignore_new_classes=args.ignore_new_classes
         )
         datasets = [dataset for dataset in (train_set, val_set) if dataset is not None]
         if args.check_data:
@@ -534,20 +531,10 @@ def run(
                 check_data(dataset, world.rank, world.size)
         # A data set smaller than one batch is one smaller batch, and the rate follows.
         batch_size = min(config.batch_size, len(train_set) // world.size * world.size)
-        micro_batch = config.micro_batch and min(config.micro_batch, batch_size)
-        config = replace(
-            config,
-            num_classes=len(train_set.class_names),
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-        )
+        config = replace(config, num_classes=len(train_set.class_names), batch_size=batch_size)
+        image_bytes = 3 * max(config.min_sizes) * config.max_size  # at most
         loader = make_train_loader(
-            train_set,
-            config.batch_size,
-            config.seed,
-            world,
-            config.workers,
-            image_bytes=3 * max(config.min_sizes) * config.max_size,
+            train_set, batch_size, config.seed, world, config.workers, image_bytes
         )
 
         # A model that is about to be overwritten needs no ImageNet weights.

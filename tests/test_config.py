@@ -78,7 +78,7 @@ NAN, INF = float("nan"), float("inf")
         "dropout": [2.0, NAN],
         "seed": [-1],
         "checkpoint_minutes": [-1.0, NAN],
-        "micro_batch": [17],  # more than batch_size
+        "micro_batch": [0],
         "min_sizes": [[]],
         "lr": [-1.0, NAN, INF],
         "l1_weight": [-1.0, NAN, INF],
