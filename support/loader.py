@@ -73,11 +73,6 @@ class GroupedBatches(Sampler):
     def __len__(self) -> int:
         return len(self.is_wide) // self.batch_size
 
-    @property
-    def share(self) -> int:
-        """Images of a batch that this process takes."""
-        return self.batch_size // self.world_size
-
     def seek(self, epoch: int, first: int) -> None:
         """Makes the next iteration start at batch number `first` of `epoch`."""
         self.epoch, self.first = epoch, first
@@ -112,12 +107,10 @@ class Reseeded(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any]:
         index, seed = key
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: the transforms run there
-        try:
+        # The model's dropout draws from the same generator, so its state is put back afterwards.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: the transforms run there
             return self.dataset[index]
-        finally:
-            torch.set_rng_state(state)  # the model's dropout draws from the same generator
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -139,7 +132,8 @@ def workers_that_fit(workers: int, batch_bytes: int) -> int:
     """As many of the workers as there are processors, and as shared memory has room for.
 
     A batch travels from a worker to the main process through /dev/shm, which has only 64 MB in a
-    container of Docker's defaults. There, a batch that does not fit kills its worker.
+    container of Docker's defaults. A batch that does not fit is lost, and the loader waits for it
+    for ever (torch 2.14.1).
 
     Args:
         workers: of this process.
@@ -226,5 +220,5 @@ def make_train_loader(
         image_bytes: the most that an image takes.
     """
     batches = GroupedBatches(dataset.sizes_hw, batch_size, seed, world.rank, world.size)
-    batch_bytes = image_bytes * batches.share
+    batch_bytes = image_bytes * batches.batch_size // world.size
     return make_loader(dataset, batches, workers, reseeded=True, batch_bytes=batch_bytes)
