@@ -27,8 +27,6 @@ except ImportError:  # Windows
     fcntl = None
 
 LOSSES = ("loss", "loss_cls", "loss_l1", "loss_giou")
-# The colours of Okabe and Ito, the darker ones first: they stand out on white.
-LINES = ("#0072B2", "#D55E00", "#009E73")
 
 
 def git_revision() -> str:
@@ -117,10 +115,9 @@ class Report:
             return
         config, world = training.config, self.world
         counts = train_set.objects_per_image
-        trained, frozen = (
-            sum(p.numel() for p in training.model.parameters() if p.requires_grad == is_trained)
-            for is_trained in (True, False)
-        )
+        parameters = list(training.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+        frozen = sum(p.numel() for p in parameters) / 1e6 - trained
         per_process = config.batch_size // world.size
         validation = f"{len(val_set)} images" if val_set is not None else "none"
         print(
@@ -133,7 +130,7 @@ class Report:
             f"{len(train_set.class_names)} classes; validation: {validation}\n"
             f"steps         {training.total_steps} in {config.epochs} epochs, learning rate "
             f"{training.optimizer.defaults['lr']:.3g}\n"
-            f"parameters    {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen\n"
+            f"parameters    {trained:.2f} M trained, {frozen:.2f} M frozen\n"
             f"settings      {', '.join([f'preset {config.preset}', *config.changes()])}"
         )
         if crowded := int((counts > config.num_proposals).sum()):
@@ -256,12 +253,12 @@ class Report:
 
 # --- curves ---
 
-# Title, label of y, what y is multiplied by, its upper end, and keys of metrics.jsonl.
-CURVES = (
-    ("training loss, summed over stages", "loss", 1, None, ("loss_cls", "loss_l1", "loss_giou")),
-    ("validation", "AP, points of 100", 100, 100, ("AP", "AP50", "AP75")),
-    ("rate at the end of the epoch", "learning rate", 1, None, ("lr",)),
-)
+# The title of a panel, and the keys of metrics.jsonl that it shows.
+CURVES = {
+    "training loss, summed over stages": LOSSES[1:],
+    "validation, as a fraction of 1": ("AP", "AP50", "AP75"),
+    "learning rate at the end of the epoch": ("lr",),
+}
 
 
 def plot_curves(metrics_jsonl: Path, output: Path) -> None:
@@ -271,16 +268,14 @@ def plot_curves(metrics_jsonl: Path, output: Path) -> None:
         metrics_jsonl: written by `train.py`, one line per epoch.
         output: the picture to write, as PNG.
     """
-    text = Path(metrics_jsonl).read_text(encoding="utf-8")
-    epochs = [json.loads(line) for line in text.splitlines()]
+    epochs = [json.loads(line) for line in metrics_jsonl.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (title, unit, scale, top, keys) in zip(figure.subplots(1, 3), CURVES, strict=True):
-        for key, colour in zip(keys, LINES, strict=False):
+    for axes, (title, keys) in zip(figure.subplots(1, 3), CURVES.items(), strict=True):
+        for key in keys:
             known = [line for line in epochs if line.get(key, -1) >= 0]  # −1: not defined
-            y = [scale * line[key] for line in known]
-            x = [line["epoch"] for line in known]
-            axes.plot(x, y, marker="o", markersize=3, label=key, color=colour)
-        axes.set(title=title, ylabel=unit, xlabel="epoch", ylim=(0, top))
+            x, y = [line["epoch"] for line in known], [line[key] for line in known]
+            axes.plot(x, y, marker="o", markersize=3, label=key)
+        axes.set(title=title, xlabel="epoch", ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
