@@ -183,10 +183,10 @@ def find_classes(
     missing = [name for name in expected if _normal(name) not in usable]
     new = [name for name in names if _normal(name) not in known]
     num_new = sum(uses[usable[_normal(name)].id] for name in new)
-    is_refused = num_new > 0 and not ignore_new
-    if is_refused or (missing and not allow_missing) or len(missing) == len(expected):
+    is_refused = (num_new and not ignore_new) or (missing and not allow_missing)
+    if is_refused or len(missing) == len(expected):
         advice = ""
-        if is_refused and allow_missing and len(missing) < len(expected):
+        if allow_missing and not ignore_new:  # it is a flag of validation and evaluation
             advice = ", or leave the new ones out with --ignore-new-classes"
         raise UserError(
             f"{file}: classes {names} differ from the model's or training data's {list(expected)} "
@@ -296,29 +296,22 @@ def _warn(message: str) -> None:
 
 def notes_on_annotations(file: str, coco: CocoFile) -> list[str]:
     """What is not learned or counted as it stands in the file, one line each."""
-    count = len(coco.annotations)
-    num_crowds = sum(bool(a.iscrowd) for a in coco.annotations)
-    num_areas = sum(a.area is not None and a.area != _area_px(a) for a in coco.annotations)
-    num_ignored = sum(a.ignore == 1 and not a.iscrowd for a in coco.annotations)
     num_unsized = sum(None in (image.width, image.height) for image in coco.images)
-    notes = []
-    if num_unsized:
-        notes.append(f"{num_unsized} images have no width or height; their files' sizes are taken")
-    if count == 0:
+    num_crowds = sum(bool(a.iscrowd) for a in coco.annotations)
+    num_ignored = sum(a.ignore == 1 and not a.iscrowd for a in coco.annotations)
+    num_areas = sum(a.area is not None and a.area != _area_px(a) for a in coco.annotations)
+    found = {
+        "images have no width or height; their files' sizes are taken": num_unsized,
+        # 1 % in COCO; some tools set iscrowd for every mask that is not a polygon.
+        "annotations are crowds (iscrowd: 1), which are neither learned nor counted as objects; "
+        "set it to 0 for single objects": num_crowds,
+        'annotations with "ignore": 1 are learned and counted like all others; iscrowd: 1 would '
+        "leave them out": num_ignored,
+        'annotations have an unusable "area"; that of the box is taken': num_areas,
+    }
+    notes = [f"{number} {what}" for what, number in found.items() if number]
+    if not coco.annotations:
         notes.append("no annotations, so there is nothing to learn or to compare with")
-    if num_crowds:  # 1 % in COCO; some tools set iscrowd for every mask that is not a polygon
-        advice = "; set it to 0 if they are single objects" if num_crowds > 0.1 * count else ""
-        notes.append(
-            f"{num_crowds} of {count} annotations are crowds (iscrowd: 1), which are neither "
-            f"learned nor counted as objects{advice}"
-        )
-    if num_ignored:
-        notes.append(
-            f'{num_ignored} annotations with "ignore": 1 are learned and counted like all others; '
-            "iscrowd: 1 would leave them out"
-        )
-    if num_areas:
-        notes.append(f'{num_areas} annotations have an unusable "area"; that of the box is taken')
     if not _have_ids(coco.annotations):
         notes.append("annotation ids are missing, repeated, or below 1; they are numbered anew")
     return [f"{file}: {note}" for note in notes]
