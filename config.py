@@ -238,12 +238,8 @@ PRESETS: dict[str, Config] = {
 def preset_from(argv: Sequence[str]) -> Config:
     """The preset that `--preset` names on a command line; by default the paper's R50.
 
-    Raises:
-        UserError: there is no preset of that name.
+    argparse ends the process, with exit code 2, if there is no preset of that name.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="r50-100")
-    name = parser.parse_known_args(argv)[0].preset
-    if name not in PRESETS:
-        raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser.add_argument("--preset", default="r50-100", choices=PRESETS)
+    return PRESETS[parser.parse_known_args(argv)[0].preset]

@@ -103,7 +103,7 @@ def test_flags_override_the_presets_values() -> None:
     config = parse_args(argv, TrainArgs, "train.py", "", default).config
     changes = {"train_json": "a.json", "flip": False, "min_sizes": (64, 80)}
     assert config == replace(PRESETS["shapes"], **changes)
-    with pytest.raises(UserError, match="r18-100.*r50-100.*shapes"):
+    with pytest.raises(SystemExit):
         preset_from(["--preset", "r18-100"])
 
 
