@@ -17,8 +17,8 @@ from torchvision.ops import box_convert
 
 from config import PRESETS, Config, PresetName
 from data import make_dataset
+from experiments.detectors import PeerName, TrainedPeer, build_peer, tame_residuals
 from experiments.measure import Call, Row, count_flops, format_table, machine, take_turns, times_ms
-from experiments.peers import PeerName, TrainedPeer, build_peer, tame_residuals
 from model import SparseRCNN, build_model
 from support.cli import run_main
 from support.devices import AMP_DTYPES, choose_threads, pick_device

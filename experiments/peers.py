@@ -1,77 +1,358 @@
-"""Other detectors to compare with, with random weights; nothing is downloaded.
+"""The paper's Table 1 and Figure 1 in miniature: `python -m experiments.peers [NAME …]`.
 
-Faster R-CNN and RetinaNet (R50-FPN) are torchvision's. With random weights, backbone, RPN and box
-heads do the same work as with trained ones, but hardly any score passes the threshold of 0.05, so
-the final NMS has next to nothing to do. torchvision's batch norms stay in bfloat16 under autocast;
-the frozen ones that it builds for trained weights give float32. So with trained weights each of
-these detectors would be a little slower.
+It trains Sparse R-CNN, Faster R-CNN, RetinaNet, DETR and Deformable DETR from random weights. All
+have the same backbone (with one seed also the same start), images, order, augmentation, batch,
+AdamW, cosine, clipping and evaluation; `experiments/detectors.py` says what else is set. Each gets
+the learning rate of --rates that is best on other images, in runs a third as long. Finished runs
+are kept, and a run that was stopped continues where it was: repeat the command.
+
+In:  names of detectors, by default all, and every setting of `train.py` as a flag.
+Out: --output DIR: peers.md (the tables) and peers.png (AP against images and against seconds).
+     --runs DIR: a folder per run, as `experiments.ablate` makes it, with nms.json.
+
+Seconds are steps times the median step, for which the detectors take turns on one core: what else
+the machine does during a training does not count. DETR and Deformable DETR need `pip install
+transformers`; without it they are left out, and the tables say so.
 """
 
+import copy
+import json
+import statistics
+import sys
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import Tensor, nn
-from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
-from torchvision.models.resnet import Bottleneck
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import nn
+from torchvision.ops import batched_nms, box_convert
 
-PeerName = Literal["faster-rcnn", "retinanet"]
+from config import Config, preset_from
+from data import eval_transforms, make_dataset
+from evaluate import coco_metrics, evaluate
+from experiments.ablate import ABLATION, AblateArgs, Run, read_result, summary, train_variant
+from experiments.detectors import DETECTORS, OF_TRANSFORMERS, TorchvisionPeer
+from experiments.measure import Row, count_flops, format_table, machine, take_turns
+from experiments.variants import VARIANTS, Variant
+from shapes import ShapesDataset
+from support.checkpoint import load_checkpoint
+from support.cli import parse_args, run_main
+from support.devices import choose_threads
+from support.distributed import World
+from support.errors import UserError
+from support.files import make_folder, write_json
+from support.report import git_revision
+from train import start_training, train_step
+
+PEERS = replace(ABLATION, epochs=6, shapes_train=2560)
+QUICK = replace(PEERS, epochs=3, shapes_train=1600, shapes_val=200)
+CPU = torch.device("cpu")
+
+# To `ablate`, which trains them and keeps their runs, the detectors are variants.
+VARIANTS |= {name: Variant(build) for name, build in DETECTORS.items()}
+
+# Name in the table, the paper's AP on COCO (Table 1), colour (Okabe and Ito).
+LOOKS = {
+    "sparse-rcnn": ("Sparse R-CNN", 42.8, "#D55E00"),
+    "faster-rcnn": ("Faster R-CNN", 40.2, "#0072B2"),
+    "retinanet": ("RetinaNet", 38.7, "#56B4E9"),
+    "detr": ("DETR", 42.0, "#000000"),
+    "deformable-detr": ("Deformable DETR", 43.8, "#009E73"),
+}
+COLUMNS = {
+    "": "{label}",
+    "AP (paper)": "{paper:.1f}",
+    **{name: f"{{{name}:.1f}}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    "AP ±": "{spread:.1f}",
+    "images/s": "{FPS:.0f}",
+    "training, min": "{minutes:.1f}",
+    "parameters": "{parameters:,.0f}",
+    "GFLOP": "{gflop:.2f}",
+    "rate": "{rate:g}",
+    "seeds": "{seeds:d}",
+}
+NMS_COLUMNS = {
+    "": "{label}",
+    "AP with NMS": "{AP_with:.1f}",
+    "AP without NMS": "{AP_without:.1f}",
+    "duplicates per 100 objects without NMS": "{duplicates:.1f}",
+}
 
 
-def tame_residuals(module: nn.Module) -> None:
-    """Scales down what each residual block adds, in place.
+@dataclass(frozen=True)
+class PeersArgs:
+    # Detectors to train, by default all.
+    names: tyro.conf.Positional[tuple[Literal[*DETECTORS], ...]] = ()
+    seeds: tuple[int, ...] = (0, 1)  # train each detector once per seed
+    # Learning rates to choose from; with one there is nothing to choose.
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    output: Path = Path("runs/peers-tables")  # folder for the tables and the figure
+    runs: Path = Path("runs/peers")  # folder for the training runs
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
+    quick: bool = False  # one seed, one rate, and shorter runs
+    config: Config = PEERS  # the settings of config.py, the same for all detectors
 
-    Frozen batch norms that have seen no data do not normalise: with random weights the features
-    would grow from block to block until they are no longer finite.
+
+# --- runs ---
+
+
+def make_run(name: str, rate: float, seed: int, args: PeersArgs, is_trial: bool = False) -> Run:
+    """A training of a detector; a trial is a third as long."""
+    epochs = max(1, args.config.epochs // 3) if is_trial else args.config.epochs
+    config = replace(args.config, lr=rate, seed=seed, epochs=epochs)
+    folder = args.runs / f"lr{rate:g}{'-trial' * is_trial}"
+    return Run(
+        name, seed, AblateArgs((), (), args.output, folder, args.device, None, False, config)
+    )
+
+
+def finish(run: Run) -> int:
+    """Trains, unless that is done.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped the training.
     """
-    for block in module.modules():
-        if isinstance(block, Bottleneck):
-            nn.init.constant_(block.bn3.weight, 0.2)
+    if read_result(run) is not None:
+        return 0
+    print(f"\n=== {run.folder.name}, rate {run.config.lr:g} ===", flush=True)
+    return train_variant(run)
 
 
-def build_peer(name: PeerName, height: int, width: int) -> nn.Module:
-    """A detector in eval mode, without gradients, for images of height × width pixels.
+def best_rate(name: str, args: PeersArgs) -> float | None:
+    """The learning rate that the trials chose; None if they are not finished."""
+    if len(args.rates) == 1:
+        return args.rates[0]
+    path = args.runs / f"{name}-rates.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return float(max(found, key=found.get))
 
-    It takes a list of images (3, H, W) with values in 0–1. torchvision's detectors resize; with
-    these sides an image of this size stays as it is.
+
+def train_peer(name: str, seed: int, args: PeersArgs) -> int:
+    """Chooses a detector's learning rate if that is not done, and trains it with one seed.
+
+    Returns:
+        As `finish`.
     """
-    build = retinanet_resnet50_fpn if name == "retinanet" else fasterrcnn_resnet50_fpn
-    sides = {"min_size": min(height, width), "max_size": max(height, width)}
-    model = build(weights=None, weights_backbone=None, **sides)
-    tame_residuals(model)
-    return model.eval().requires_grad_(False)
+    if best_rate(name, args) is None:
+        precisions = {}
+        for rate in args.rates:
+            run = make_run(name, rate, args.seeds[0], args, is_trial=True)
+            if status := finish(run):
+                return status
+            model, config = load_run(run)
+            level = config.data.removeprefix("shapes-")
+            # Images that no table shows.
+            dataset = ShapesDataset(level, "tune", config.shapes_val, eval_transforms(config))
+            precisions[rate] = evaluate(model, dataset, World(CPU), config.batch_size)[0]["AP"]
+        write_json(args.runs / f"{name}-rates.json", precisions)
+
+    run = make_run(name, best_rate(name, args), seed, args)
+    if status := finish(run):
+        return status
+    path = run.folder / "nms.json"
+    if not path.exists():
+        write_json(path, measure_nms(run))
+    return 0
 
 
-class TrainedPeer(nn.Module):
-    """One of torchvision's detectors, to be trained by `train.train_step` as our model is.
+def load_run(run: Run) -> tuple[nn.Module, Config]:
+    """The trained detector of a run on the CPU, and its config."""
+    checkpoint = load_checkpoint(run.folder / "last.pt")
+    config = Config.from_dict(checkpoint["config"])
+    model = DETECTORS[run.variant](config, False)
+    model.load_state_dict(checkpoint["model"])
+    return model, config
 
-    The stem, the first stage and the batch norms are frozen, as in our recipe.
 
-    Args:
-        detector: of `build_peer`.
+# --- with and without NMS ---
+
+
+def measure_nms(run: Run) -> Row:
+    """AP with NMS and without, and duplicates.
+
+    DETR, Deformable DETR and ours have no NMS; for them "with" is what it would change.
     """
+    model, config = load_run(run)
+    dataset = make_dataset(config, "val", make_dataset(config, "train").class_names)
+    _, detections = evaluate(model, dataset, World(CPU), config.batch_size)
+    row = {"AP_with": coco_metrics(dataset.coco(), suppress(detections))["AP"]}
+    if isinstance(model, TorchvisionPeer):
+        getattr(model.detector, "roi_heads", model.detector).nms_thresh = 1.0  # no IoU is larger
+        _, detections = evaluate(model, dataset, World(CPU), config.batch_size)
+    row["AP_without"] = coco_metrics(dataset.coco(), detections)["AP"]
 
-    def __init__(self, detector: nn.Module):
-        super().__init__()
-        self.detector = detector.train().requires_grad_(True)
-        resnet = detector.backbone.body
-        for norm in resnet.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.eval().requires_grad_(False)
-        for frozen in (resnet.conv1, resnet.layer1):
-            frozen.requires_grad_(False)
+    # Scores mean different things in different detectors. So as many detections count as there are
+    # objects, the best ones of all images.
+    num_objects = len(dataset.coco().anns)
+    best = sorted(detections, key=lambda found: -found["score"])[:num_objects]
+    row["duplicates"] = (len(best) - len(suppress(best))) / num_objects
+    return {key: 100 * value for key, value in row.items()}
 
-    def forward(
-        self,
-        images: Sequence[Tensor],
-        targets: Sequence[dict[str, Tensor]],
-        num_objects: float | None = None,
-    ) -> dict[str, Tensor]:
-        """As our model in train mode: images (3, H, W) uint8, labels from 0; a dict of losses."""
-        device = self.detector.backbone.body.conv1.weight.device
-        images = [image.to(device) / 255 for image in images]
-        targets = [
-            # torchvision's label 0 is the background.
-            {"boxes": target["boxes"].to(device), "labels": target["labels"].to(device) + 1}
-            for target in targets
-        ]
-        return self.detector(images, targets)
+
+def suppress(detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """NMS within each class of each image, on detections in COCO's results format."""
+    groups: dict[tuple[int, int], int] = defaultdict(lambda: len(groups))
+    group = torch.tensor([groups[found["image_id"], found["category_id"]] for found in detections])
+    scores = torch.tensor([found["score"] for found in detections])
+    xywh_px = torch.tensor([found["bbox"] for found in detections]).reshape(-1, 4)
+    boxes_px = box_convert(xywh_px, "xywh", "xyxy")
+    keep = batched_nms(boxes_px, scores, group, iou_threshold=0.5)  # torchvision's default
+    return [detections[i] for i in keep.tolist()]
+
+
+# --- speed ---
+
+
+def measure_speeds(args: PeersArgs, repeats: int = 15) -> dict[str, Row]:
+    """Seconds of a step, images/s one at a time, and operations per image, on one core.
+
+    The weights are random: torchvision's NMS gets about as many boxes as from trained ones.
+    """
+    dataset = make_dataset(args.config, "train")
+    config = replace(args.config, num_classes=len(dataset.class_names))
+    choose_threads(CPU, config.backbone)
+    batch = [dataset[i] for i in range(min(len(dataset), config.batch_size))]
+    images, targets = [image for image, _ in batch], [target for _, target in batch]
+    num_objects = sum(len(target["labels"]) for target in targets)
+
+    calls, gflop = {}, {}
+    for name in available():
+        training = start_training(config, World(CPU), dataset, 1000, DETECTORS[name])
+        model = copy.deepcopy(training.model).eval()
+        # With gradients: without them FlopCounterMode fails on Deformable DETR.
+        gflop[name] = count_flops(partial(model, images[:1])) / 1e9
+        calls[name, "step"] = partial(train_step, training, images, targets, num_objects)
+        calls[name, "image"] = partial(torch.inference_mode()(model.forward), images[:1])
+    seconds = take_turns(calls, repeats, CPU)
+    medians = {key: statistics.median(found) for key, found in seconds.items()}
+    return {
+        name: {"step": medians[name, "step"], "FPS": 1 / medians[name, "image"], "gflop": value}
+        for name, value in gflop.items()
+    }
+
+
+def available() -> list[str]:
+    """The detectors whose library is installed."""
+    has_transformers = find_spec("transformers") is not None
+    return [name for name in DETECTORS if has_transformers or name not in OF_TRANSFORMERS]
+
+
+# --- tables and figure ---
+
+
+def finished_runs(name: str, args: PeersArgs) -> list[Run]:
+    """The finished runs of a detector, one per seed."""
+    rate = best_rate(name, args)
+    runs = [] if rate is None else [make_run(name, rate, seed, args) for seed in args.seeds]
+    return [run for run in runs if (run.folder / "nms.json").exists()]
+
+
+def table_row(name: str, args: PeersArgs, speed: Row) -> Row:
+    """A row of both tables: means over the seeds; what there is no figure for is left out."""
+    label, paper, _ = LOOKS[name]
+    runs = finished_runs(name, args)
+    results = [read_result(run) for run in runs]
+    row = {"label": label, "paper": paper, **summary(results), **speed}
+    nms = [json.loads((run.folder / "nms.json").read_text(encoding="utf-8")) for run in runs]
+    if runs:
+        row |= {key: statistics.fmean(found[key] for found in nms) for key in nms[0]}
+        row["rate"] = runs[0].config.lr
+    if runs and speed:
+        row["minutes"] = results[0]["steps"] * speed["step"] / 60
+    return row
+
+
+def draw_curves(args: PeersArgs, speeds: dict[str, Row], path: Path) -> None:
+    """AP against images seen and against seconds; the band goes from the worst to the best seed."""
+    figure = Figure(figsize=(8.38, 3.9), layout="constrained")
+    by_images, by_seconds = figure.subplots(1, 2, sharey=True)
+    for name in speeds:
+        label, _, colour = LOOKS[name]
+        curves = []
+        for run in finished_runs(name, args):
+            text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+            lines = [json.loads(line) for line in text.splitlines()]
+            curves.append([(line["step"], 100 * line["AP"]) for line in lines])
+        if not curves:
+            continue
+        steps, precisions = torch.tensor(curves).unbind(-1)  # (seeds, epochs) each
+        for axes, unit in ((by_images, args.config.batch_size), (by_seconds, speeds[name]["step"])):
+            x, low, high = unit * steps[0], precisions.amin(0), precisions.amax(0)
+            axes.plot(x, precisions.mean(0), "o-", color=colour, markersize=3, label=label)
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    by_images.set(xlabel="images seen", ylabel="AP", ylim=(0, None), xlim=(0, None))
+    by_seconds.set(xlabel="seconds on one core", xlim=(0, None))
+    for axes in (by_images, by_seconds):
+        axes.grid(alpha=0.3)
+    handles, labels = by_images.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=200)
+
+
+def write_results(args: PeersArgs, speeds: dict[str, Row]) -> str:
+    """Writes the tables and the figure with the results there are; returns the tables."""
+    make_folder(args.output)
+    draw_curves(args, speeds, args.output / "peers.png")
+    rows = [table_row(name, args, speeds.get(name, {})) for name in DETECTORS]
+    conditions = {**machine(CPU), "revision": git_revision()}
+    settings = [*args.config.changes(), *(f"{name} {conditions[name]}" for name in conditions)]
+    notes = [", ".join(settings)]
+    for name, row in zip(DETECTORS, rows, strict=True):
+        if row["seeds"] < len(args.seeds):
+            why = "" if name in available() else ", because transformers is not installed"
+            notes.append(f"- missing: {len(args.seeds) - row['seeds']} runs of {name}{why}")
+    tables = [format_table(rows, COLUMNS), format_table(rows, NMS_COLUMNS), "\n".join(notes)]
+    text = "\n\n".join(tables) + "\n"
+    (args.output / "peers.md").write_text(text, encoding="utf-8")
+    return text
+
+
+# --- command line ---
+
+
+def read_args(argv: Sequence[str]) -> PeersArgs:
+    """The command line.
+
+    Raises:
+        UserError: there is nothing to evaluate on, or to choose the learning rate on.
+    """
+    default = PeersArgs()
+    if "--quick" in argv:
+        default = PeersArgs(seeds=(0,), rates=(1e-3,), config=QUICK)
+    if any(word.split("=")[0] == "--preset" for word in argv):
+        default = replace(default, config=preset_from(argv))
+    description = __doc__.split("\n\n")[0]
+    args = parse_args(argv, PeersArgs, "python -m experiments.peers", description, default)
+    if args.config.train_json and (not args.config.val_json or len(args.rates) > 1):
+        raise UserError("--train-json needs --val-json and --val-images, and one rate in --rates")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; a user's mistake raises `UserError`.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped a training.
+    """
+    args = read_args(sys.argv[1:] if argv is None else list(argv))
+    speeds = measure_speeds(args)
+    for seed in args.seeds:
+        for name in args.names or available():
+            if name in available() and (status := train_peer(name, seed, args)):
+                return status
+            write_results(args, speeds)
+    print("\n" + write_results(args, speeds))
+    print(f"written: peers.md and peers.png in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, "experiments.peers"))

@@ -8,7 +8,7 @@ from conftest import CPU, TINY, objects
 
 from config import PRESETS
 from experiments import benchmark, measure
-from experiments.peers import TrainedPeer, build_peer
+from experiments.detectors import TrainedPeer, build_peer
 from support.devices import AMP_DTYPES
 
 SMALL = {"preset": "shapes", "device": "cpu", "height": 64, "width": 96, "repeats": 2}
