@@ -3,8 +3,8 @@
 It trains Sparse R-CNN, Faster R-CNN, RetinaNet, DETR and Deformable DETR from random weights. All
 have the same backbone (with one seed also the same start), images, order, augmentation, batch,
 AdamW, cosine, clipping and evaluation; `experiments/detectors.py` says what else is set. Each gets
-the learning rate of --rates that is best on other images, in runs a third as long. Finished runs
-are kept, and a run that was stopped continues where it was: repeat the command.
+the learning rate of --rates that is best on the training images, in runs a third as long. Finished
+runs are kept, and a run that was stopped continues where it was: repeat the command.
 
 In:  names of detectors, by default all, and every setting of `train.py` as a flag.
 Out: --output DIR: peers.md (the tables) and peers.png (AP against images and against seconds).
@@ -30,17 +30,15 @@ from typing import Any, Literal
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import nn
 from torchvision.ops import batched_nms, box_convert
 
 from config import Config, preset_from
-from data import eval_transforms, make_dataset
+from data import make_dataset
 from evaluate import coco_metrics, evaluate
 from experiments.ablate import ABLATION, AblateArgs, Run, read_result, summary, train_variant
 from experiments.detectors import DETECTORS, OF_TRANSFORMERS, TorchvisionPeer
 from experiments.measure import Row, count_flops, format_table, machine, take_turns
 from experiments.variants import VARIANTS, Variant
-from shapes import ShapesDataset
 from support.checkpoint import load_checkpoint
 from support.cli import parse_args, run_main
 from support.devices import choose_threads
@@ -50,8 +48,9 @@ from support.files import make_folder, write_json
 from support.report import git_revision
 from train import start_training, train_step
 
-PEERS = replace(ABLATION, epochs=6, shapes_train=2560)
-QUICK = replace(PEERS, epochs=3, shapes_train=1600, shapes_val=200)
+# Smaller batches than in `ABLATION`: with few images, more steps help all of them.
+PEERS = replace(ABLATION, epochs=6, shapes_train=2000, batch_size=8)
+QUICK = replace(PEERS, epochs=3, shapes_train=1000, shapes_val=200)
 CPU = torch.device("cpu")
 
 # To `ablate`, which trains them and keeps their runs, the detectors are variants.
@@ -104,84 +103,76 @@ class PeersArgs:
 
 def make_run(name: str, rate: float, seed: int, args: PeersArgs, is_trial: bool = False) -> Run:
     """A training of a detector; a trial is a third as long."""
-    epochs = max(1, args.config.epochs // 3) if is_trial else args.config.epochs
-    config = replace(args.config, lr=rate, seed=seed, epochs=epochs)
+    config = replace(args.config, lr=rate, seed=seed)
+    if is_trial:
+        epochs = max(1, config.epochs // 3)
+        config = replace(config, epochs=epochs, eval_every=epochs)
     folder = args.runs / f"lr{rate:g}{'-trial' * is_trial}"
     return Run(
         name, seed, AblateArgs((), (), args.output, folder, args.device, None, False, config)
     )
 
 
-def finish(run: Run) -> int:
-    """Trains, unless that is done.
+def trials(name: str, args: PeersArgs) -> list[Run]:
+    """The short runs that choose a detector's learning rate; none if there is only one rate."""
+    rates = args.rates if len(args.rates) > 1 else ()
+    return [make_run(name, rate, args.seeds[0], args, is_trial=True) for rate in rates]
 
-    Returns:
-        The exit code: 0, or 128 + the number of the signal that stopped the training.
+
+def reported_runs(name: str, args: PeersArgs) -> list[Run]:
+    """The runs of a detector in the tables, one per seed; none until its rate is chosen.
+
+    The best rate has the lowest loss in the trial's last epoch. After a third of the run some AP
+    are still near 0, and say less.
     """
-    if read_result(run) is not None:
-        return 0
-    print(f"\n=== {run.folder.name}, rate {run.config.lr:g} ===", flush=True)
-    return train_variant(run)
+    losses = {}
+    for run in trials(name, args):
+        if read_result(run) is None:
+            return []
+        losses[run.config.lr] = epochs_of(run)[-1]["loss"]
+    rate = min(losses, key=losses.get, default=args.rates[0])
+    return [make_run(name, rate, seed, args) for seed in args.seeds]
 
 
-def best_rate(name: str, args: PeersArgs) -> float | None:
-    """The learning rate that the trials chose; None if they are not finished."""
-    if len(args.rates) == 1:
-        return args.rates[0]
-    path = args.runs / f"{name}-rates.json"
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return float(max(found, key=found.get))
+def next_run(args: PeersArgs) -> Run | None:
+    """What to train next: all detectors with the first seed come first."""
+    for index in range(len(args.seeds)):
+        for name in args.names or DETECTORS:
+            runs = [*trials(name, args), *reported_runs(name, args)[index : index + 1]]
+            for run in runs if name in available() else ():
+                if read_result(run) is None:
+                    return run
+    return None
 
 
-def train_peer(name: str, seed: int, args: PeersArgs) -> int:
-    """Chooses a detector's learning rate if that is not done, and trains it with one seed.
-
-    Returns:
-        As `finish`.
-    """
-    if best_rate(name, args) is None:
-        precisions = {}
-        for rate in args.rates:
-            run = make_run(name, rate, args.seeds[0], args, is_trial=True)
-            if status := finish(run):
-                return status
-            model, config = load_run(run)
-            level = config.data.removeprefix("shapes-")
-            # Images that no table shows.
-            dataset = ShapesDataset(level, "tune", config.shapes_val, eval_transforms(config))
-            precisions[rate] = evaluate(model, dataset, World(CPU), config.batch_size)[0]["AP"]
-        write_json(args.runs / f"{name}-rates.json", precisions)
-
-    run = make_run(name, best_rate(name, args), seed, args)
-    if status := finish(run):
-        return status
-    path = run.folder / "nms.json"
-    if not path.exists():
-        write_json(path, measure_nms(run))
-    return 0
+def epochs_of(run: Run) -> list[dict[str, Any]]:
+    """What train.py wrote after each epoch."""
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def load_run(run: Run) -> tuple[nn.Module, Config]:
-    """The trained detector of a run on the CPU, and its config."""
-    checkpoint = load_checkpoint(run.folder / "last.pt")
-    config = Config.from_dict(checkpoint["config"])
-    model = DETECTORS[run.variant](config, False)
-    model.load_state_dict(checkpoint["model"])
-    return model, config
+def available() -> list[str]:
+    """The detectors whose library is installed."""
+    has_transformers = find_spec("transformers") is not None
+    return [name for name in DETECTORS if has_transformers or name not in OF_TRANSFORMERS]
 
 
 # --- with and without NMS ---
 
 
-def measure_nms(run: Run) -> Row:
-    """AP with NMS and without, and duplicates.
+def nms_figures(run: Run) -> Row:
+    """AP with NMS and without, and duplicates, of a finished run; measured once.
 
     DETR, Deformable DETR and ours have no NMS; for them "with" is what it would change.
     """
-    model, config = load_run(run)
-    dataset = make_dataset(config, "val", make_dataset(config, "train").class_names)
+    path = run.folder / "nms.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    checkpoint = load_checkpoint(run.folder / "last.pt")
+    config = Config.from_dict(checkpoint["config"])
+    model = DETECTORS[run.variant](config, False)
+    model.load_state_dict(checkpoint["model"])
+    dataset = make_dataset(config, "val", checkpoint["class_names"])
     _, detections = evaluate(model, dataset, World(CPU), config.batch_size)
     row = {"AP_with": coco_metrics(dataset.coco(), suppress(detections))["AP"]}
     if isinstance(model, TorchvisionPeer):
@@ -194,7 +185,9 @@ def measure_nms(run: Run) -> Row:
     num_objects = len(dataset.coco().anns)
     best = sorted(detections, key=lambda found: -found["score"])[:num_objects]
     row["duplicates"] = (len(best) - len(suppress(best))) / num_objects
-    return {key: 100 * value for key, value in row.items()}
+    row = {key: 100 * value for key, value in row.items()}
+    write_json(path, row)
+    return row
 
 
 def suppress(detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -239,20 +232,12 @@ def measure_speeds(args: PeersArgs, repeats: int = 15) -> dict[str, Row]:
     }
 
 
-def available() -> list[str]:
-    """The detectors whose library is installed."""
-    has_transformers = find_spec("transformers") is not None
-    return [name for name in DETECTORS if has_transformers or name not in OF_TRANSFORMERS]
-
-
 # --- tables and figure ---
 
 
 def finished_runs(name: str, args: PeersArgs) -> list[Run]:
     """The finished runs of a detector, one per seed."""
-    rate = best_rate(name, args)
-    runs = [] if rate is None else [make_run(name, rate, seed, args) for seed in args.seeds]
-    return [run for run in runs if (run.folder / "nms.json").exists()]
+    return [run for run in reported_runs(name, args) if read_result(run) is not None]
 
 
 def table_row(name: str, args: PeersArgs, speed: Row) -> Row:
@@ -261,11 +246,10 @@ def table_row(name: str, args: PeersArgs, speed: Row) -> Row:
     runs = finished_runs(name, args)
     results = [read_result(run) for run in runs]
     row = {"label": label, "paper": paper, **summary(results), **speed}
-    nms = [json.loads((run.folder / "nms.json").read_text(encoding="utf-8")) for run in runs]
-    if runs:
-        row |= {key: statistics.fmean(found[key] for found in nms) for key in nms[0]}
+    if runs and name in available():
+        found = [nms_figures(run) for run in runs]
+        row |= {key: statistics.fmean(figures[key] for figures in found) for key in found[0]}
         row["rate"] = runs[0].config.lr
-    if runs and speed:
         row["minutes"] = results[0]["steps"] * speed["step"] / 60
     return row
 
@@ -276,11 +260,10 @@ def draw_curves(args: PeersArgs, speeds: dict[str, Row], path: Path) -> None:
     by_images, by_seconds = figure.subplots(1, 2, sharey=True)
     for name in speeds:
         label, _, colour = LOOKS[name]
-        curves = []
-        for run in finished_runs(name, args):
-            text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-            lines = [json.loads(line) for line in text.splitlines()]
-            curves.append([(line["step"], 100 * line["AP"]) for line in lines])
+        curves = [
+            [(epoch["step"], 100 * epoch["AP"]) for epoch in epochs_of(run)]
+            for run in finished_runs(name, args)
+        ]
         if not curves:
             continue
         steps, precisions = torch.tensor(curves).unbind(-1)  # (seeds, epochs) each
@@ -322,7 +305,7 @@ def read_args(argv: Sequence[str]) -> PeersArgs:
     """The command line.
 
     Raises:
-        UserError: there is nothing to evaluate on, or to choose the learning rate on.
+        UserError: there is nothing to evaluate on.
     """
     default = PeersArgs()
     if "--quick" in argv:
@@ -331,8 +314,8 @@ def read_args(argv: Sequence[str]) -> PeersArgs:
         default = replace(default, config=preset_from(argv))
     description = __doc__.split("\n\n")[0]
     args = parse_args(argv, PeersArgs, "python -m experiments.peers", description, default)
-    if args.config.train_json and (not args.config.val_json or len(args.rates) > 1):
-        raise UserError("--train-json needs --val-json and --val-images, and one rate in --rates")
+    if args.config.train_json and not args.config.val_json:
+        raise UserError("nothing to evaluate on; give --val-json and --val-images as well")
     return args
 
 
@@ -344,11 +327,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = read_args(sys.argv[1:] if argv is None else list(argv))
     speeds = measure_speeds(args)
-    for seed in args.seeds:
-        for name in args.names or available():
-            if name in available() and (status := train_peer(name, seed, args)):
-                return status
-            write_results(args, speeds)
+    while run := next_run(args):
+        print(f"\n=== {run.variant}, rate {run.config.lr:g}, {run.folder.name} ===", flush=True)
+        if status := train_variant(run):
+            return status
+        write_results(args, speeds)
     print("\n" + write_results(args, speeds))
     print(f"written: peers.md and peers.png in {args.output}")
     return 0

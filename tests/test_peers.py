@@ -140,7 +140,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
             flags += [f"--{field.replace('_', '-')}", str(value)]
     flags += ["--runs", str(folder / "runs"), "--output", str(folder / "out"), "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "measure_speeds", lambda args: {})
+        patch.setattr(peers, "measure_speeds", lambda args: dict.fromkeys(DETECTORS, SPEED))
         assert peers.main(flags) == 0
     return folder, flags
 
@@ -152,26 +152,29 @@ def no_training(*_: object) -> int:
     raise AssertionError("a training was started")
 
 
-def test_the_best_rate_of_the_trials_is_trained_in_full(command):
+def test_the_rate_with_the_lowest_loss_of_the_trials_is_trained_in_full(command):
     folder, flags = command
-    args = peers.read_args(flags)
-    for name in args.names:
-        found = json.loads((folder / f"runs/{name}-rates.json").read_text())
-        assert set(found) == {"0.001", "0.01"}
-        best = max(found, key=found.get)
+    for name in ("sparse-rcnn", "faster-rcnn"):
         epochs = {
-            path.parent.relative_to(folder / "runs").as_posix(): len(path.read_text().splitlines())
+            path.parent.relative_to(folder / "runs").as_posix(): path.read_text().splitlines()
             for path in folder.glob(f"runs/*/{name}-seed*/metrics.jsonl")
         }
-        trials = {f"lr{rate}-trial/{name}-seed3": 1 for rate in found}
-        assert epochs == trials | {f"lr{best}/{name}-seed{seed}": 3 for seed in (3, 4)}
+        losses = {
+            run.removesuffix("-trial/{name}-seed3"): json.loads(lines[-1])["loss"]
+            for run, lines in epochs.items()
+            if "trial" in run
+        }
+        best = min(losses, key=losses.get).split("-")[0]
+        trials = {f"lr{rate}-trial/{name}-seed3": 1 for rate in (0.001, 0.01)}
+        counts = {run: len(lines) for run, lines in epochs.items()}
+        assert counts == trials | {f"{best}/{name}-seed{seed}": 3 for seed in (3, 4)}
 
 
 def test_tables_and_figure_are_of_finished_runs_and_name_the_missing(command, monkeypatch):
     folder, flags = command
     monkeypatch.setattr(ablate.train, "run", no_training)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)  # without transformers
-    monkeypatch.setattr(peers, "measure_speeds", lambda args: {"sparse-rcnn": SPEED})
+    monkeypatch.setattr(peers, "measure_speeds", lambda args: dict.fromkeys(DETECTORS, SPEED))
     for seed, precision in ((3, 0.5), (4, 0.7)):
         [path] = folder.glob(f"runs/*[0-9]/sparse-rcnn-seed{seed}/result.json")
         path.write_text(json.dumps({**json.loads(path.read_text()), "AP": precision}))
@@ -197,9 +200,6 @@ def test_speed_is_measured_of_those_that_are_there(command, monkeypatch):
     assert speeds["retinanet"]["gflop"] > speeds["faster-rcnn"]["gflop"]
 
 
-def test_there_must_be_images_to_choose_a_rate_on():
-    flags = ["--train-json", "a.json", "--train-images", "a", "--rates", "0.001"]
-    with pytest.raises(UserError, match="needs --val-json"):
-        peers.main(flags)
-    with pytest.raises(UserError, match="one rate"):
-        peers.main([*flags, "0.01", "--val-json", "b.json", "--val-images", "b"])
+def test_there_must_be_images_to_evaluate_on():
+    with pytest.raises(UserError, match="--val-json"):
+        peers.main(["--train-json", "a.json", "--train-images", "a"])
