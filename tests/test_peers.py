@@ -132,9 +132,9 @@ def test_nms_is_within_a_class_of_an_image():
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A finished command of two detectors: its folder and its flags."""
+    """A finished command of one detector: its folder and its flags."""
     folder = tmp_path_factory.mktemp("peers")
-    flags = ["sparse-rcnn", "faster-rcnn", "--rates", "0.001", "0.01", "--seeds", "3", "4"]
+    flags = ["sparse-rcnn", "--rates", "0.001", "0.01", "--seeds", "3", "4"]
     for field, value in replace(SMALL, epochs=3, data="shapes-crowded").to_dict().items():
         if value != getattr(peers.PEERS, field) and field not in ("num_classes", "lr"):
             flags += [f"--{field.replace('_', '-')}", str(value)]
@@ -154,20 +154,16 @@ def no_training(*_: object) -> int:
 
 def test_the_rate_with_the_lowest_loss_of_the_trials_is_trained_in_full(command):
     folder, flags = command
-    for name in ("sparse-rcnn", "faster-rcnn"):
-        epochs = {
-            path.parent.relative_to(folder / "runs").as_posix(): path.read_text().splitlines()
-            for path in folder.glob(f"runs/*/{name}-seed*/metrics.jsonl")
-        }
-        losses = {
-            run.removesuffix("-trial/{name}-seed3"): json.loads(lines[-1])["loss"]
-            for run, lines in epochs.items()
-            if "trial" in run
-        }
-        best = min(losses, key=losses.get).split("-")[0]
-        trials = {f"lr{rate}-trial/{name}-seed3": 1 for rate in (0.001, 0.01)}
-        counts = {run: len(lines) for run, lines in epochs.items()}
-        assert counts == trials | {f"{best}/{name}-seed{seed}": 3 for seed in (3, 4)}
+    epochs = {
+        path.parents[1].name: path.read_text().splitlines()
+        for path in folder.glob("runs/*/sparse-rcnn-seed3/metrics.jsonl")
+    }
+    rates = ("0.001", "0.01")
+    losses = {rate: json.loads(epochs[f"lr{rate}-trial"][-1])["loss"] for rate in rates}
+    best = min(losses, key=losses.get)
+    counts = {folder: len(lines) for folder, lines in epochs.items()}
+    assert counts == {"lr0.001-trial": 1, "lr0.01-trial": 1, f"lr{best}": 3}
+    assert (folder / f"runs/lr{best}/sparse-rcnn-seed4/result.json").exists()
 
 
 def test_tables_and_figure_are_of_finished_runs_and_name_the_missing(command, monkeypatch):
@@ -185,7 +181,7 @@ def test_tables_and_figure_are_of_finished_runs_and_name_the_missing(command, mo
     # 6 steps of 20 seconds.
     assert cells[2:4] == ["42.8", "60.0"] and cells[9:12] == ["10.0", "8", "2.0"]
     assert "- missing: 2 runs of detr, because transformers is not installed" in text
-    assert "- missing: 2 runs of retinanet\n" in text and "runs of faster-rcnn" not in text
+    assert "- missing: 2 runs of retinanet\n" in text and "runs of sparse-rcnn" not in text
     assert (folder / "out/peers.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(AssertionError, match="a training was started"):
         peers.main([*flags, "--seeds", "5"])
