@@ -304,7 +304,9 @@ def build_detr(config: Config, pretrained_backbone: bool = False) -> nn.Module:
     """transformers' DETR, on p3.
 
     Its own map has stride 32, and 25 × 38 cells for an image of COCO. With 96 pixels that would be
-    3 × 3 cells. At stride 8 an object spans about as many cells here as there.
+    3 × 3 cells. At stride 8 an object spans about as many cells here as there. With losses after
+    all layers, transformers' decoder also normalises between them, which its authors' does not
+    (findings/detr_auxiliary_loss.sh).
     """
     from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
