@@ -3,8 +3,8 @@
 It trains Sparse R-CNN, Faster R-CNN, RetinaNet, DETR and Deformable DETR from random weights. All
 have the same backbone (with one seed also the same start), images, order, augmentation, batch,
 AdamW, cosine, clipping and evaluation; `experiments/detectors.py` says what else is set. Each gets
-the learning rate of --rates that is best on the training images, in runs a third as long. Finished
-runs are kept, and a run that was stopped continues where it was: repeat the command.
+the learning rate of --rates that is best on other images, in runs a third as long. Finished runs
+are kept, and a run that was stopped continues where it was: repeat the command.
 
 In:  names of detectors, by default all, and every setting of `train.py` as a flag.
 Out: --output DIR: peers.md (the tables) and peers.png (AP against images and against seconds).
@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -30,15 +30,17 @@ from typing import Any, Literal
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import nn
 from torchvision.ops import batched_nms, box_convert
 
 from config import Config, preset_from
-from data import make_dataset
+from data import eval_transforms, make_dataset
 from evaluate import coco_metrics, evaluate
 from experiments.ablate import ABLATION, AblateArgs, Run, read_result, summary, train_variant
 from experiments.detectors import DETECTORS, OF_TRANSFORMERS, TorchvisionPeer
 from experiments.measure import Row, count_flops, format_table, machine, take_turns
 from experiments.variants import VARIANTS, Variant
+from shapes import ShapesDataset
 from support.checkpoint import load_checkpoint
 from support.cli import parse_args, run_main
 from support.devices import choose_threads
@@ -48,9 +50,9 @@ from support.files import make_folder, write_json
 from support.report import git_revision
 from train import start_training, train_step
 
-# Smaller batches than in `ABLATION`: with few images, more steps help all of them.
-PEERS = replace(ABLATION, epochs=6, shapes_train=2000, batch_size=8)
-QUICK = replace(PEERS, epochs=3, shapes_train=1000, shapes_val=200)
+# From random weights, so longer than `ABLATION`, and in smaller batches: more steps per image.
+PEERS = replace(ABLATION, epochs=12, batch_size=8)
+QUICK = replace(PEERS, data="shapes-demo", epochs=6, shapes_train=1000, shapes_val=200)
 CPU = torch.device("cpu")
 
 # To `ablate`, which trains them and keeps their runs, the detectors are variants.
@@ -122,15 +124,17 @@ def trials(name: str, args: PeersArgs) -> list[Run]:
 def reported_runs(name: str, args: PeersArgs) -> list[Run]:
     """The runs of a detector in the tables, one per seed; none until its rate is chosen.
 
-    The best rate has the lowest loss in the trial's last epoch. After a third of the run some AP
-    are still near 0, and say less.
+    The AP of the trials decides, on images that no table shows. (Their losses do not: as Faster
+    R-CNN learns, more of its proposals have boxes to learn, and its loss rises.)
     """
-    losses = {}
+    if name not in available():
+        return []
+    precisions = {}
     for run in trials(name, args):
         if read_result(run) is None:
             return []
-        losses[run.config.lr] = epochs_of(run)[-1]["loss"]
-    rate = min(losses, key=losses.get, default=args.rates[0])
+        precisions[run.config.lr] = figures_of(run, trial_figures, "tune.json")["AP"]
+    rate = max(precisions, key=precisions.get, default=args.rates[0])
     return [make_run(name, rate, seed, args) for seed in args.seeds]
 
 
@@ -138,8 +142,9 @@ def next_run(args: PeersArgs) -> Run | None:
     """What to train next: all detectors with the first seed come first."""
     for index in range(len(args.seeds)):
         for name in args.names or DETECTORS:
-            runs = [*trials(name, args), *reported_runs(name, args)[index : index + 1]]
-            for run in runs if name in available() else ():
+            if name not in available():
+                continue
+            for run in [*trials(name, args), *reported_runs(name, args)[index : index + 1]]:
                 if read_result(run) is None:
                     return run
     return None
@@ -157,22 +162,34 @@ def available() -> list[str]:
     return [name for name in DETECTORS if has_transformers or name not in OF_TRANSFORMERS]
 
 
-# --- with and without NMS ---
+# --- what a run found ---
 
 
-def nms_figures(run: Run) -> Row:
-    """AP with NMS and without, and duplicates, of a finished run; measured once.
+def figures_of(run: Run, measure: Callable[[nn.Module, Config], Row], file_name: str) -> Row:
+    """What `measure` says of a trained detector, kept in the folder of its run."""
+    path = run.folder / file_name
+    if not path.exists():
+        checkpoint = load_checkpoint(run.folder / "last.pt")
+        config = Config.from_dict(checkpoint["config"])
+        model = DETECTORS[run.variant](config, False)
+        model.load_state_dict(checkpoint["model"])
+        write_json(path, measure(model, config))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def trial_figures(model: nn.Module, config: Config) -> Row:
+    """AP on images of Shapes that are neither trained on nor reported."""
+    level = config.data.removeprefix("shapes-")
+    dataset = ShapesDataset(level, "tune", config.shapes_val, eval_transforms(config))
+    return {"AP": evaluate(model, dataset, World(CPU), config.batch_size)[0]["AP"]}
+
+
+def nms_figures(model: nn.Module, config: Config) -> Row:
+    """AP with NMS and without, and duplicates.
 
     DETR, Deformable DETR and ours have no NMS; for them "with" is what it would change.
     """
-    path = run.folder / "nms.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    checkpoint = load_checkpoint(run.folder / "last.pt")
-    config = Config.from_dict(checkpoint["config"])
-    model = DETECTORS[run.variant](config, False)
-    model.load_state_dict(checkpoint["model"])
-    dataset = make_dataset(config, "val", checkpoint["class_names"])
+    dataset = make_dataset(config, "val", make_dataset(config, "train").class_names)
     _, detections = evaluate(model, dataset, World(CPU), config.batch_size)
     row = {"AP_with": coco_metrics(dataset.coco(), suppress(detections))["AP"]}
     if isinstance(model, TorchvisionPeer):
@@ -185,9 +202,7 @@ def nms_figures(run: Run) -> Row:
     num_objects = len(dataset.coco().anns)
     best = sorted(detections, key=lambda found: -found["score"])[:num_objects]
     row["duplicates"] = (len(best) - len(suppress(best))) / num_objects
-    row = {key: 100 * value for key, value in row.items()}
-    write_json(path, row)
-    return row
+    return {key: 100 * value for key, value in row.items()}
 
 
 def suppress(detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -246,8 +261,8 @@ def table_row(name: str, args: PeersArgs, speed: Row) -> Row:
     runs = finished_runs(name, args)
     results = [read_result(run) for run in runs]
     row = {"label": label, "paper": paper, **summary(results), **speed}
-    if runs and name in available():
-        found = [nms_figures(run) for run in runs]
+    if runs:
+        found = [figures_of(run, nms_figures, "nms.json") for run in runs]
         row |= {key: statistics.fmean(figures[key] for figures in found) for key in found[0]}
         row["rate"] = runs[0].config.lr
         row["minutes"] = results[0]["steps"] * speed["step"] / 60
@@ -305,7 +320,7 @@ def read_args(argv: Sequence[str]) -> PeersArgs:
     """The command line.
 
     Raises:
-        UserError: there is nothing to evaluate on.
+        UserError: there is nothing to evaluate on, or to choose the learning rate on.
     """
     default = PeersArgs()
     if "--quick" in argv:
@@ -314,8 +329,8 @@ def read_args(argv: Sequence[str]) -> PeersArgs:
         default = replace(default, config=preset_from(argv))
     description = __doc__.split("\n\n")[0]
     args = parse_args(argv, PeersArgs, "python -m experiments.peers", description, default)
-    if args.config.train_json and not args.config.val_json:
-        raise UserError("nothing to evaluate on; give --val-json and --val-images as well")
+    if args.config.train_json and (not args.config.val_json or len(args.rates) > 1):
+        raise UserError("--train-json needs --val-json, --val-images, and one rate in --rates")
     return args
 
 

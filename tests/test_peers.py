@@ -152,18 +152,24 @@ def no_training(*_: object) -> int:
     raise AssertionError("a training was started")
 
 
-def test_the_rate_with_the_lowest_loss_of_the_trials_is_trained_in_full(command):
+def test_the_best_rate_of_the_trials_is_trained_in_full(command):
     folder, flags = command
+    runs = folder / "runs"
+    args = peers.read_args(flags)
     epochs = {
-        path.parents[1].name: path.read_text().splitlines()
-        for path in folder.glob("runs/*/sparse-rcnn-seed3/metrics.jsonl")
+        path.parents[1].name: len(path.read_text().splitlines())
+        for path in runs.glob("*/sparse-rcnn-seed3/metrics.jsonl")
     }
-    rates = ("0.001", "0.01")
-    losses = {rate: json.loads(epochs[f"lr{rate}-trial"][-1])["loss"] for rate in rates}
-    best = min(losses, key=losses.get)
-    counts = {folder: len(lines) for folder, lines in epochs.items()}
-    assert counts == {"lr0.001-trial": 1, "lr0.01-trial": 1, f"lr{best}": 3}
-    assert (folder / f"runs/lr{best}/sparse-rcnn-seed4/result.json").exists()
+    [full] = {"lr0.001", "lr0.01"} & set(epochs)
+    assert epochs == {"lr0.001-trial": 1, "lr0.01-trial": 1, full: 3}
+    assert (runs / full / "sparse-rcnn-seed4/result.json").exists()
+    for best, other in (("0.001", "0.01"), ("0.01", "0.001")):
+        (runs / f"lr{best}-trial/sparse-rcnn-seed3/tune.json").write_text('{"AP": 0.2}')
+        (runs / f"lr{other}-trial/sparse-rcnn-seed3/tune.json").write_text('{"AP": 0.1}')
+        chosen = peers.reported_runs("sparse-rcnn", args)
+        assert [run.config.lr for run in chosen] == [float(best)] * 2
+    for path in runs.glob("*/*/tune.json"):
+        path.unlink()
 
 
 def test_tables_and_figure_are_of_finished_runs_and_name_the_missing(command, monkeypatch):
@@ -196,6 +202,9 @@ def test_speed_is_measured_of_those_that_are_there(command, monkeypatch):
     assert speeds["retinanet"]["gflop"] > speeds["faster-rcnn"]["gflop"]
 
 
-def test_there_must_be_images_to_evaluate_on():
-    with pytest.raises(UserError, match="--val-json"):
-        peers.main(["--train-json", "a.json", "--train-images", "a"])
+def test_there_must_be_images_to_evaluate_and_to_choose_a_rate_on():
+    flags = ["--train-json", "a.json", "--train-images", "a", "--rates", "0.001"]
+    with pytest.raises(UserError, match="needs --val-json"):
+        peers.main(flags)
+    with pytest.raises(UserError, match="one rate"):
+        peers.main([*flags, "0.01", "--val-json", "b.json", "--val-images", "b"])
