@@ -302,8 +302,10 @@ def write_results(args: PeersArgs, speeds: dict[str, Row]) -> str:
     make_folder(args.output)
     draw_curves(args, speeds, args.output / "peers.png")
     rows = [table_row(name, args, speeds.get(name, {})) for name in DETECTORS]
-    conditions = {**machine(CPU), "revision": git_revision()}
-    settings = [*args.config.changes(), *(f"{name} {conditions[name]}" for name in conditions)]
+    config = args.config
+    conditions = {"data": config.data, "epochs": config.epochs, "rates": args.rates}
+    conditions |= {**machine(CPU), "revision": git_revision()}
+    settings = [f"{name} {value}" for name, value in conditions.items()] + config.changes()
     notes = [", ".join(settings)]
     for name, row in zip(DETECTORS, rows, strict=True):
         if row["seeds"] < len(args.seeds):
