@@ -109,9 +109,8 @@ def make_run(name: str, rate: float, seed: int, args: PeersArgs, is_trial: bool 
         epochs = max(1, config.epochs // 3)
         config = replace(config, epochs=epochs, eval_every=epochs)
     folder = args.runs / f"lr{rate:g}{'-trial' * is_trial}"
-    return Run(
-        name, seed, AblateArgs((), (), args.output, folder, args.device, None, False, config)
-    )
+    settings = {"runs": folder, "device": args.device, "start_from": None, "config": config}
+    return Run(name, seed, AblateArgs((), **settings))
 
 
 def trials(name: str, args: PeersArgs) -> list[Run]:
