@@ -56,7 +56,6 @@ def test_what_python_reads_is_read(read: Reader, encoding: str) -> None:
     ("old", "new", "words"),
     [
         ('"images"', '"pictures"', "required field `images`"),
-        ('"categories"', '"classes"', "required field `categories`"),
         ('"file_name": "b.png", ', "", "`file_name` - at `$.images[1]`"),
         ('"width": 60', '"width": 0', ">= 1 - at `$.images[2].width`"),
         ('"id": 30', '"id": "a"', "got `str` - at `$.images[0].id`"),
@@ -65,15 +64,12 @@ def test_what_python_reads_is_read(read: Reader, encoding: str) -> None:
         ('"cat"', "9", "Expected `str`, got `int` - at `$.categories[1].name`"),
         (', "bbox": [5, 6, 20, 10]', "", "`bbox` - at `$.annotations[0]`"),
         ("5, 6, 20, 10", "5, 6, 20", "length 4, got 3 - at `$.annotations[0].bbox`"),
-        ("5, 6, 20, 10", '5, 6, 20, "x"', "got `str` - at `$.annotations[0].bbox[3]`"),
         ("5, 6, 20, 10", "5, 6, 20, NaN", "bbox is not finite - at `$.annotations[0]`"),
-        ("5, 6, 20, 10", "5, 6, 20, -Infinity", "bbox is not finite - at `$.annotations[0]`"),
         ('"iscrowd": 1', '"iscrowd": 2', "`int` <= 1 - at `$.annotations[3].iscrowd`"),
         ('"image_id": 10', '"image_id": 11', "`$.annotations[0]`, the first of 3: Annotation(im"),
         ('"category_id": -3', '"category_id": 0', "`$.annotations[2]`, the first of 1: Annot"),
         (VALID, '[{"image_id": 1, "score": 0.5}]', "Expected `object`, got `array`"),
         (VALID, "", "empty"),
-        (VALID, '{"images": [1,]}', "line 1"),
         (VALID, "[" * 100_000, "recursion"),
     ],
 )

@@ -258,10 +258,8 @@ def test_mistakes_of_the_user(evaluated, tmp_path: Path) -> None:
     flags = evaluated("val", {1: "cat", 2: "dog"})
     (tmp_path / "file").write_text("")
     for wrong, error, words in (
-        (["--max-dets", "0"], UserError, "max_dets=0"),
         (["--test-size", "0"], UserError, "test_size=0"),
         (["--batch-size", "0"], UserError, "--batch-size should"),
-        (["--workers", "-1"], UserError, "--workers at least 0"),
         (["--output", str(tmp_path / "file" / "out")], OSError, "file"),
     ):
         with pytest.raises(error, match=words):
