@@ -7,14 +7,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import TINY, objects
-from pycocotools.coco import COCO
 from torchvision import tv_tensors
-from torchvision.ops import box_convert
+from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import convert_bounding_box_format
 
 from backbone import ResNetFPN
 from config import PRESETS, Config
-from evaluate import coco_metrics
 from head import DynamicInteraction
 from model import Interaction, SparseRCNN, build_model, check_target
 
@@ -111,12 +109,6 @@ def test_images_are_padded_on_the_right_and_bottom_and_never_resized(model: Spar
         assert not canvas[:, :, width:].any()
 
 
-def test_proposals_start_as_the_whole_image(model: SparseRCNN) -> None:
-    boxes_px = model.initial_boxes_px(torch.tensor([[30.0, 20.0, 30.0, 20.0]]))
-    assert boxes_px.shape == (1, TINY.num_proposals, 4)
-    assert (boxes_px == torch.tensor([0.0, 0.0, 30.0, 20.0])).all()
-
-
 def test_train_mode_gives_losses_for_every_stage() -> None:
     model = build_model(TINY).train()
     target = {**objects(3, TINY.num_classes, 90, 70), "image_id": 5}
@@ -137,14 +129,8 @@ def test_num_objects_scales_the_losses() -> None:
     assert by_its_3.item() == pytest.approx(4 * by_12.item(), rel=1e-4)
 
 
-def test_more_objects_than_proposals_train() -> None:
-    model = build_model(TINY).train()
-    losses = model([image(96, 96)], [objects(TINY.num_proposals + 5, TINY.num_classes, 96, 96)])
-    assert torch.isfinite(sum(losses.values()))
-
-
 def test_overfits_one_image_with_two_objects() -> None:
-    """AP 1.0 in seconds: the whole learning signal at once."""
+    """What an AP of 1.0 means, in seconds: the best detections are the objects, within IoU 0.95."""
     torch.manual_seed(1)
     model = build_model(replace(TINY, hidden_dim=32, dynamic_dim=8, num_stages=3)).train()
     pixels = torch.full((3, 64, 64), 60, dtype=torch.uint8)
@@ -165,30 +151,8 @@ def test_overfits_one_image_with_two_objects() -> None:
         schedule.step()
     with torch.no_grad():
         found = model.eval()([pixels])[0]
-    assert ap_of(found, target) == pytest.approx(1.0)
-
-
-def ap_of(found: dict, target: dict) -> float:
-    """COCO's AP of one image's detections."""
-    objects = []
-    boxes_xywh = box_convert(target["boxes"], "xyxy", "xywh").tolist()
-    for i, (box, label) in enumerate(zip(boxes_xywh, target["labels"].tolist(), strict=True), 1):
-        entry = {"id": i, "image_id": 1, "category_id": label, "bbox": box}
-        objects.append({**entry, "area": box[2] * box[3], "iscrowd": 0})
-    ground_truth = COCO()
-    ground_truth.dataset = {
-        "images": [{"id": 1, "width": 64, "height": 64}],
-        "categories": [{"id": k, "name": str(k)} for k in range(3)],
-        "annotations": objects,
-    }
-    ground_truth.createIndex()
-
-    detections = []
-    boxes_xywh = box_convert(found["boxes"], "xyxy", "xywh").tolist()
-    scores, labels = found["scores"].tolist(), found["labels"].tolist()
-    for box, score, label in zip(boxes_xywh, scores, labels, strict=True):
-        detections.append({"image_id": 1, "category_id": label, "bbox": box, "score": score})
-    return coco_metrics(ground_truth, detections)["AP"]
+    ious, which = box_iou(target["boxes"], found["boxes"][:2]).max(1)
+    assert ious.min() > 0.95 and found["labels"][which].tolist() == [2, 0]
 
 
 IMAGE = [torch.rand(3, 64, 64)]
