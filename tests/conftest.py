@@ -92,6 +92,14 @@ def tiny_flags() -> list[str]:
     return flags
 
 
+def data_flags(train_set: tuple[Path, Path], val_set: tuple[Path, Path] | None = None) -> list[str]:
+    """The flags of data sets that `make_coco` has written."""
+    flags = ["--train-json", str(train_set[0]), "--train-images", str(train_set[1])]
+    if val_set is not None:
+        flags += ["--val-json", str(val_set[0]), "--val-images", str(val_set[1])]
+    return flags
+
+
 def objects(
     count: int, num_classes: int, width: float, height: float, seed: int = 0
 ) -> dict[str, torch.Tensor]:
