@@ -132,8 +132,8 @@ def workers_that_fit(workers: int, batch_bytes: int) -> int:
     """As many of the workers as there are processors, and as shared memory has room for.
 
     A batch travels from a worker to the main process through /dev/shm, which has only 64 MB in a
-    container of Docker's defaults. A batch that does not fit is lost, and the loader waits for it
-    for ever (torch 2.14.1).
+    container of Docker's defaults. A batch that does not fit is lost, and the loader was seen to
+    wait for it for a minute without an end (torch 2.14.1).
 
     Args:
         workers: of this process.
