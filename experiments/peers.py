@@ -123,16 +123,20 @@ def reported_runs(name: str, args: PeersArgs) -> list[Run]:
     """The runs of a detector in the tables, one per seed; none until its rate is chosen.
 
     The AP of the trials decides, on images that no table shows. (Their losses do not: as Faster
-    R-CNN learns, more of its proposals have boxes to learn, and its loss rises.)
+    R-CNN learns, more of its proposals have boxes to learn, and its loss rises.) Only where no
+    trial has an AP of 1 of 100, which is noise, the lowest loss of training decides.
     """
     if name not in available():
         return []
-    precisions = {}
+    precisions, losses = {}, {}
     for run in trials(name, args):
         if read_result(run) is None:
             return []
         precisions[run.config.lr] = figures_of(run, trial_figures, "tune.json")["AP"]
+        losses[run.config.lr] = epochs_of(run)[-1]["loss"]
     rate = max(precisions, key=precisions.get, default=args.rates[0])
+    if precisions and precisions[rate] < 0.01:
+        rate = min(losses, key=losses.get)
     return [make_run(name, rate, seed, args) for seed in args.seeds]
 
 
