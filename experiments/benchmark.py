@@ -1,7 +1,7 @@
 """Speed, measured on this machine: `python -m experiments.benchmark inference`, or `training`.
 
-Each command prints a Markdown table; `experiments/README.md` explains the columns. All weights are
-random, which is right for speed: the model does the same work with any weights.
+It prints a Markdown table; `experiments/README.md` explains the columns. All weights are random,
+which is right for speed: the model does the same work with any weights.
 """
 
 import sys
@@ -20,106 +20,80 @@ from data import make_dataset
 from experiments.detectors import PeerName, TrainedPeer, build_peer, tame_residuals
 from experiments.measure import Call, Row, count_flops, format_table, machine, take_turns, times_ms
 from model import SparseRCNN, build_model
-from support.cli import run_main
+from support.cli import parse_args, run_main
 from support.devices import AMP_DTYPES, choose_threads, pick_device
 from support.distributed import World
 from train import start_training, train_step
 
 Amp = Literal["off", "bf16", "fp16"]
-Key = tuple[str, Amp, str]  # the model, the precision, the part of it that is timed
+Key = tuple[str, Amp]  # the model and the precision
 
 COLUMNS = {
     "model": "{model}",
     "--amp": "{amp}",
-    "part": "{part}",
     "ms, median": "{median_ms:.1f}",
     "min – max": "{min_ms:.1f} – {max_ms:.1f}",
     "images/s": "{images_per_second:.2f}",
     "GFLOP per image": "{gflop:.1f}",
 }
+OBJECTS = 7  # per image, as on average in COCO
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkArgs:
+    # Detection, or training steps, in which loading images is not counted.
+    what: tyro.conf.Positional[Literal["inference", "training"]]
     preset: PresetName = "r50-100"  # which of our models
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
     amp: tuple[Amp, ...] = ("off",)  # precisions to compare: off (float32), bf16, fp16
-    compile: bool = False  # also our model with torch.compile, which takes minutes to compile
+    batch_size: int = 1  # images at a time, or per training step
     height: int = 800  # pixels of the images
     width: int = 1216  # pixels of the images
-    repeats: int = 5  # measurements of each variant
+    repeats: int = 5  # measurements of each model
     peers: tuple[PeerName, ...] = get_args(PeerName)  # other detectors; none for ours alone
 
 
-@dataclass(frozen=True)
-class Inference(Settings):
-    """Speed of detection, beside other detectors."""
+def inference_calls(args: BenchmarkArgs, device: torch.device) -> dict[Key, Call]:
+    """For each model and precision a function that detects objects once."""
+    images = list(torch.rand(args.batch_size, 3, args.height, args.width).to(device))
+    # What predict.py and evaluate.py run.
+    models: dict[str, nn.Module] = {"ours": random_model(PRESETS[args.preset]).for_inference()}
+    for peer in args.peers:
+        models[peer] = build_peer(peer, args.height, args.width)
 
-    batch_size: int = 1  # images at a time
-
-    @torch.inference_mode()
-    def run(self, device: torch.device) -> list[Row]:
-        images = list(torch.rand(self.batch_size, 3, self.height, self.width).to(device))
-        ours = random_model(PRESETS[self.preset]).to(device)
-        # What predict.py and evaluate.py run.
-        models: dict[str, nn.Module] = {"ours": ours.for_inference()}
-        for peer in self.peers:
-            models[peer] = build_peer(peer, self.height, self.width).to(device)
-        if self.compile:
-            models["ours, compiled"] = ours.for_inference()
-            models["ours, compiled"].compile()
-
-        calls: dict[Key, Call] = {}
-        for name, model in models.items():
-            for amp in self.amp:
-                calls[name, amp, "all"] = under_autocast(partial(model, images), device, amp)
-        for amp in self.amp:
-            # Under autocast, because the head gets the backbone's output in this precision.
-            parts = under_autocast(parts_of, device, amp)(models["ours"], images)
-            for part, call in parts.items():
-                calls["ours", amp, part] = under_autocast(call, device, amp)
-
-        rows = rows_of(take_turns(calls, self.repeats, device), self.batch_size)
-        for row, (key, call) in zip(rows, calls.items(), strict=True):
-            if "ours, compiled" not in key:
-                row["gflop"] = count_flops(call) / 1e9 / self.batch_size
-        return rows
+    calls: dict[Key, Call] = {}
+    for name, model in models.items():
+        detect = torch.inference_mode()(partial(model.to(device), images))
+        for amp in args.amp:
+            autocast = torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")
+            calls[name, amp] = autocast(detect)
+    return calls
 
 
-@dataclass(frozen=True)
-class TrainingSpeed(Settings):
-    """Speed of training steps, beside other detectors; loading images is not counted."""
+def training_calls(args: BenchmarkArgs, device: torch.device) -> dict[Key, Call]:
+    """For each model and precision a function that takes one step of the recipe."""
+    config = replace(PRESETS[args.preset], batch_size=args.batch_size)
+    shape = (args.batch_size, 3, args.height, args.width)
+    images = list(torch.randint(256, shape, dtype=torch.uint8))
+    targets = random_targets(args.batch_size, config.num_classes, args.height, args.width)
+    data = make_dataset(PRESETS["shapes"], "train")  # names the classes in checkpoints, no more
 
-    batch_size: int = 2  # images per step
-    micro_batch: int | None = None  # images at a time, if a batch does not fit into memory
+    builders: dict[str, Callable[..., nn.Module]] = {"ours": tamed_model}
+    for peer in args.peers:
+        builders[peer] = lambda *_, peer=peer, **__: TrainedPeer(
+            build_peer(peer, args.height, args.width)
+        )
 
-    def run(self, device: torch.device) -> list[Row]:
-        batch = {"batch_size": self.batch_size, "micro_batch": self.micro_batch}
-        config = replace(PRESETS[self.preset], **batch)
-        shape = (self.batch_size, 3, self.height, self.width)
-        images = list(torch.randint(256, shape, dtype=torch.uint8))
-        objects = 7  # per image, as on average in COCO
-        targets = random_targets(self.batch_size, objects, config.num_classes, *shape[2:])
-        data = make_dataset(PRESETS["shapes"], "train")  # names the classes in checkpoints, no more
-
-        builders: dict[str, Callable[..., nn.Module]] = {"ours": tamed_model}
-        if self.compile:
-            builders["ours, compiled"] = tamed_model
-        for peer in self.peers:
-            builders[peer] = lambda *_, peer=peer, **__: TrainedPeer(
-                build_peer(peer, self.height, self.width)
+    # The same recipe for all: optimizer, clipping, precision. With float16 the first steps are
+    # skipped, until its scale is found. They take as long, but for the optimizer.
+    calls: dict[Key, Call] = {}
+    for name, build in builders.items():
+        for amp in args.amp:
+            training = start_training(replace(config, amp=amp), World(device), data, 1000, build)
+            calls[name, amp] = partial(
+                train_step, training, images, targets, OBJECTS * args.batch_size
             )
-
-        # The same recipe for all: optimizer, clipping, precision. With float16 the first steps are
-        # skipped, until its scale is found. They take as long, but for the optimizer.
-        calls: dict[Key, Call] = {}
-        for name, build in builders.items():
-            for amp in self.amp:
-                variant = replace(config, amp=amp, compile="compiled" in name)
-                training = start_training(variant, World(device), data, 1000, build)
-                step = partial(train_step, training, images, targets, objects * self.batch_size)
-                calls[name, amp, "all"] = step
-        return rows_of(take_turns(calls, self.repeats, device), self.batch_size)
+    return calls
 
 
 # --- models ---
@@ -143,68 +117,47 @@ def random_model(config: Config) -> SparseRCNN:
     return model
 
 
-def parts_of(model: SparseRCNN, images: Sequence[Tensor]) -> dict[str, Call]:
-    """Backbone and head alone, the head on what the backbone gives for these images (3, H, W)."""
-    batch, whwh_px = model.prepare(images)
-    boxes_px = model.initial_boxes_px(whwh_px)
-    pro_feats = model.proposal_feats.expand(len(batch), -1, -1)  # (B, N, C)
-    pyramid = model.backbone(batch)
-    return {
-        "backbone": partial(model.backbone, batch),
-        "head": partial(model.head, pyramid, boxes_px, pro_feats),
-    }
-
-
 def random_targets(
-    num_images: int, num_objects: int, num_classes: int, height: int, width: int
+    num_images: int, num_classes: int, height: int, width: int
 ) -> list[dict[str, Tensor]]:
     """Objects of random classes anywhere in the image, each side 1 % to 50 % of the image's."""
     targets = []
     for _ in range(num_images):
-        centres = torch.rand(num_objects, 2)
-        sides = torch.empty(num_objects, 2).uniform_(-4.6, -0.7).exp()
+        centres = torch.rand(OBJECTS, 2)
+        sides = torch.empty(OBJECTS, 2).uniform_(-4.6, -0.7).exp()
         boxes_01 = box_convert(torch.cat((centres, sides), dim=1), "cxcywh", "xyxy")
         boxes_px = boxes_01 * torch.tensor([width, height, width, height])
-        targets.append({"boxes": boxes_px, "labels": torch.randint(num_classes, (num_objects,))})
+        targets.append({"boxes": boxes_px, "labels": torch.randint(num_classes, (OBJECTS,))})
     return targets
-
-
-# --- calls and rows ---
-
-
-def under_autocast(call: Callable, device: torch.device, amp: Amp) -> Callable:
-    """`call` in this precision."""
-    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")(call)
-
-
-def rows_of(seconds: dict[Key, list[float]], batch_size: int) -> list[Row]:
-    """The rows of the table, one for each key; images/s only of whole models."""
-    rows = []
-    for (name, amp, part), found in seconds.items():
-        row = {"model": name, "amp": amp, "part": part, **times_ms(found)}
-        if part == "all":
-            row["images_per_second"] = 1000 * batch_size / row["median_ms"]
-        rows.append(row)
-    return rows
 
 
 # --- the command line ---
 
 
+def measure(args: BenchmarkArgs, device: torch.device) -> list[Row]:
+    """The rows of the table, one for each model and precision."""
+    is_training = args.what == "training"
+    calls = training_calls(args, device) if is_training else inference_calls(args, device)
+    rows = []
+    for (name, amp), seconds in take_turns(calls, args.repeats, device).items():
+        row = {"model": name, "amp": amp, **times_ms(seconds)}
+        row["images_per_second"] = 1000 * args.batch_size / row["median_ms"]
+        if not is_training:
+            row["gflop"] = count_flops(calls[name, amp]) / 1e9 / args.batch_size
+        rows.append(row)
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake raises `UserError`."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"inference": Inference, "training": TrainingSpeed},
-        args=argv,
-        prog="python -m experiments.benchmark",
-        description=__doc__.split("\n\n")[0],
-    )
+    description = __doc__.split("\n\n")[0]
+    args = parse_args(argv, BenchmarkArgs, "python -m experiments.benchmark", description)
     torch.manual_seed(0)
-    device = pick_device(command.device)
-    for amp in command.amp:
-        choose_threads(device, PRESETS[command.preset].backbone, amp)
-    rows = command.run(device)
-    conditions = asdict(command) | machine(device)
+    device = pick_device(args.device)
+    for amp in args.amp:
+        choose_threads(device, PRESETS[args.preset].backbone, amp)
+    rows = measure(args, device)
+    conditions = asdict(args) | machine(device)
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     print("", format_table(rows, COLUMNS), sep="\n")
 

@@ -9,7 +9,6 @@ from conftest import CPU, TINY, objects
 from config import PRESETS
 from experiments import benchmark, measure
 from experiments.detectors import TrainedPeer, build_peer
-from support.devices import AMP_DTYPES
 
 SMALL = {"preset": "shapes", "device": "cpu", "height": 64, "width": 96, "repeats": 2}
 
@@ -31,6 +30,7 @@ def test_variants_take_turns_after_a_warm_up(monkeypatch) -> None:
     assert measure.times_ms(found["a"]) == {"median_ms": 2000, "min_ms": 1000, "max_ms": 8000}
 
 
+@torch.inference_mode()
 def test_operations_equal_the_formulas() -> None:
     B, N, K, C = 2, TINY.num_proposals, TINY.num_classes, TINY.hidden_dim
     D, R, F = TINY.dynamic_dim, TINY.roi_size, TINY.ffn_dim
@@ -39,27 +39,30 @@ def test_operations_equal_the_formulas() -> None:
     interaction = 2 * C * C * D + 2 * R * R * C * D + R * R * C * C
     layers = (TINY.num_cls_layers + TINY.num_reg_layers) * C * C + C * (K + 4)
     stage = attention + interaction + 2 * C * F + layers
-    model = benchmark.random_model(TINY).for_inference()
-    with torch.inference_mode():
-        head = benchmark.parts_of(model, [torch.rand(3, 64, 96)] * B)["head"]
-        assert measure.count_flops(head) == 2 * B * N * TINY.num_stages * stage
+    model, images = benchmark.random_model(TINY).for_inference(), [torch.rand(3, 64, 96)] * B
+    batch, _ = model.prepare(images)
+    head = measure.count_flops(lambda: model(images)) - measure.count_flops(
+        lambda: model.backbone(batch)
+    )
+    assert head == 2 * B * N * TINY.num_stages * stage
 
 
-def test_inference_measures_what_its_rows_say() -> None:
-    rows = benchmark.Inference(**SMALL, batch_size=2, amp=("off", "bf16"), peers=()).run(CPU.device)
-    found = {(row["model"], row["amp"], row["part"]): row for row in rows}
-    model, image = benchmark.random_model(PRESETS["shapes"]), torch.rand(3, 64, 96)
-    of_one_image = measure.count_flops(lambda: model([image])) / 1e9
-    for amp in ("off", "bf16"):
-        whole, backbone, head = (found["ours", amp, part] for part in ("all", "backbone", "head"))
-        assert whole["gflop"] == pytest.approx(backbone["gflop"] + head["gflop"])
-        assert whole["gflop"] == pytest.approx(of_one_image)
-
-
-@pytest.mark.parametrize("amp", AMP_DTYPES)
-def test_calls_run_in_their_precision(amp: str) -> None:
-    product = benchmark.under_autocast(torch.mm, CPU.device, amp)(torch.eye(2), torch.eye(2))
-    assert product.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+def test_inference_measures_each_model_in_each_precision(monkeypatch) -> None:
+    model, dtypes = benchmark.random_model(PRESETS["shapes"]), []
+    of_one_image = measure.count_flops(lambda: model([torch.rand(3, 64, 96)])) / 1e9
+    layer = model.head.stages[0].ffn[0]
+    layer.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    monkeypatch.setattr(benchmark, "random_model", lambda config: model)
+    args = benchmark.BenchmarkArgs(
+        "inference", **SMALL, batch_size=2, amp=("off", "bf16", "fp16"), peers=()
+    )
+    rows = benchmark.measure(args, CPU.device)
+    # A turn to warm up, two more, and then the operations are counted.
+    precisions = [torch.float32, torch.bfloat16, torch.float16]
+    assert dtypes == precisions * 4
+    assert [(row["model"], row["amp"]) for row in rows] == [("ours", amp) for amp in args.amp]
+    assert [row["gflop"] for row in rows] == pytest.approx([of_one_image] * 3)
+    assert rows[1]["images_per_second"] == pytest.approx(2000 / rows[1]["median_ms"])
 
 
 def test_training_measures_steps_of_the_recipe(monkeypatch) -> None:
@@ -67,14 +70,14 @@ def test_training_measures_steps_of_the_recipe(monkeypatch) -> None:
 
     def seen(training, images, targets, num_objects):
         values = step(training, images, targets, num_objects)
-        steps.append((training.config.micro_batch, len(images), num_objects))
+        steps.append((training.config.amp, len(images), num_objects))
         assert all(torch.isfinite(torch.as_tensor(value)) for value in values.values())
         return values
 
     monkeypatch.setattr(benchmark, "train_step", seen)
-    settings = benchmark.TrainingSpeed(**SMALL, peers=("retinanet",), batch_size=3, micro_batch=2)
-    rows = settings.run(CPU.device)
-    assert steps == [(2, 3, 21)] * 6  # a turn to warm up and two more, of two models
+    args = benchmark.BenchmarkArgs("training", **SMALL, peers=("retinanet",), batch_size=3)
+    rows = benchmark.measure(args, CPU.device)
+    assert steps == [("off", 3, 21)] * 6  # a turn to warm up and two more, of two models
     assert [row["model"] for row in rows] == ["ours", "retinanet"]
     assert rows[0]["images_per_second"] == pytest.approx(3000 / rows[0]["median_ms"])
 

@@ -7,10 +7,10 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
-from experiments.benchmark import under_autocast
 from matcher import Assignment
 from model import load_model
 from shapes import ShapesDataset
+from support.devices import AMP_DTYPES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +44,8 @@ def test_losses_and_gradients_equal_the_cpus(amp: str, monkeypatch) -> None:
     images, targets = zip(*ShapesDataset("demo", "train", 8), strict=True)
     expected = on_cpu(images, targets)
     on_gpu.criterion.matcher = Fixed(pairs[0])
-    found = under_autocast(on_gpu, GPU, amp)(images, targets)
+    with torch.autocast("cuda", AMP_DTYPES[amp], enabled=amp != "off"):
+        found = on_gpu(images, targets)
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=of_loss), name
 
