@@ -1,9 +1,8 @@
 """The paper's ablations in miniature: `python -m experiments.ablate TABLE …`, or `all`.
 
 It trains the variants of the paper's Tables 3 to 8 and 10 (`experiments/variants.py`) with the same
-data, schedule and seeds, and writes the paper's figures beside ours. A variant that several tables
-share is trained once. Finished runs are kept, and a run that was stopped continues where it was:
-repeat the command.
+data, schedule and seeds, and writes the paper's figures beside ours. Finished runs are kept, also
+for other tables, and a run that was stopped continues where it was: repeat the command.
 
 In:  every setting of `train.py` (data, schedule, …) as a flag. The defaults are in `ABLATION`.
 Out: --output DIR: tableN.md, written again whenever a run is finished.
@@ -28,15 +27,12 @@ import tyro
 
 import train
 from config import PRESETS, Config, preset_from
-from data import validation_set
-from evaluate import evaluate
 from experiments.measure import Row, format_table, machine
-from experiments.variants import VARIANTS, Build, shared_name
+from experiments.variants import VARIANTS, Build
 from model import SparseRCNN
 from support.checkpoint import load_checkpoint
 from support.cli import parse_args, run_main
 from support.devices import pick_device
-from support.distributed import World
 from support.errors import UserError
 from support.files import make_folder, write_json
 from support.report import git_revision
@@ -55,7 +51,7 @@ TABLES = {
     "5": ("self-attention and instance interaction in the dynamic head", "AP AP50 AP75"),
     "6": ("initialisation of the proposal boxes", "AP AP50 AP75 APs APm APl"),
     "7": ("number of proposals (the paper's / ours)", "AP AP50 AP75"),
-    "8": ("number of stages S", "AP AP50 AP75"),
+    "8": ("number of stages S (the paper's / ours)", "AP AP50 AP75"),
     "10": ("positional encoding added to the proposal features", "AP AP50 AP75"),
 }
 # Their rows: table, the paper's label, our variant, the paper's figures.
@@ -76,11 +72,11 @@ ROWS = (
     ("7", "100 / {N}", "dynamic", (42.3, 61.2, 45.7)),
     ("7", "300 / {N}", "proposals-x3", (43.9, 62.3, 47.4)),
     ("7", "500 / {N}", "proposals-x5", (44.6, 63.2, 48.5)),
-    ("8", "1", "stages-1", (21.7, 36.7, 22.3)),
-    ("8", "2", "stages-2", (36.2, 52.8, 38.8)),
-    ("8", "3", "stages-3", (39.9, 56.8, 43.2)),
-    ("8", "6", "stages-6", (42.3, 61.2, 45.7)),
-    ("8", "12", "stages-12", (41.6, 60.2, 45.0)),
+    ("8", "1 / {S}", "stages-1", (21.7, 36.7, 22.3)),
+    ("8", "2 / {S}", "stages-2", (36.2, 52.8, 38.8)),
+    ("8", "3 / {S}", "stages-3", (39.9, 56.8, 43.2)),
+    ("8", "6 / {S}", "dynamic", (42.3, 61.2, 45.7)),
+    ("8", "12 / {S}", "stages-12", (41.6, 60.2, 45.0)),
     ("10", "with", "positions", (41.9, 60.9, 45.0)),
     ("10", "without", "dynamic", (42.3, 61.2, 45.7)),
 )
@@ -119,12 +115,10 @@ class Run:
         return self.args.runs / f"{self.variant}{start}-seed{self.seed}"
 
 
-def runs_of(args: AblateArgs, tables: Sequence[str]) -> list[Run]:
-    """The runs that these tables are made of, all variants with the first seed first."""
-    names = [name for number in tables for table, _, name, _ in ROWS if table == number]
-    variants = dict.fromkeys(shared_name(name, args.config) for name in names)
-    seeds = dict.fromkeys(args.seeds or (args.config.seed,))
-    return [Run(variant, seed, args) for seed in seeds for variant in variants]
+def runs_of(args: AblateArgs) -> list[Run]:
+    """The runs that the tables are made of, all variants with the first seed first."""
+    variants = dict.fromkeys(name for number, _, name, _ in ROWS if number in args.tables)
+    return [Run(variant, seed, args) for seed in args.seeds for variant in variants]
 
 
 # --- training ---
@@ -183,21 +177,14 @@ def train_variant(run: Run) -> int:
 
 def measure(run: Run) -> dict[str, Any]:
     """The figures of a trained variant; AP is a fraction of 1."""
-    checkpoint, device = load_checkpoint(run.folder / "last.pt"), pick_device(run.args.device)
-    config = Config.from_dict(checkpoint["config"])
-    model = VARIANTS[run.variant].build(config, False)
-    model.load_state_dict(checkpoint["model"])
-    fast = model.to(device).for_inference()
-    dataset = validation_set({**checkpoint, "config": config})
-    options = {"workers": config.workers, "amp": config.amp, "max_dets": config.max_dets}
-    metrics, _ = evaluate(fast, dataset, World(device), **options)
+    checkpoint = load_checkpoint(run.folder / "last.pt")
+    model = VARIANTS[run.variant].build(Config.from_dict(checkpoint["config"]), False)
+    epochs = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
-        **{name: value for name, value in metrics.items() if name.startswith("A")},
+        **{name: value for name, value in json.loads(epochs[-1]).items() if name.startswith("A")},
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": checkpoint["step"],
-        "batch_size": config.batch_size,
-        "images": metrics["images"],
-        "machine": machine(device) | {"revision": git_revision()},
+        "machine": machine(pick_device(run.args.device)) | {"revision": git_revision()},
     }
 
 
@@ -222,50 +209,42 @@ def summary(results: Sequence[dict[str, Any]]) -> Row:
 
 def table_rows(args: AblateArgs, number: str) -> list[Row]:
     """The rows of a table: the paper's figures as `paper_AP` …, ours as `AP` … if there are any."""
+    columns = [f"paper_{name}" for name in TABLES[number][1].split()]
     rows = []
-    for _, label, name, figures in [row for row in ROWS if row[0] == number]:
-        variant = shared_name(name, args.config)
-        runs = [run for run in runs_of(args, [number]) if run.variant == variant]
-        results = [result for run in runs if (result := read_result(run)) is not None]
-        columns = [f"paper_{column}" for column in TABLES[number][1].split()]
+    for _, label, variant, figures in [row for row in ROWS if row[0] == number]:
+        found = [read_result(Run(variant, seed, args)) for seed in args.seeds]
+        results = [result for result in found if result is not None]
+        config = VARIANTS[variant].config(args.config)
         row: Row = dict(zip(columns, figures, strict=True))
-        row["label"] = label.format(N=VARIANTS[variant].config(args.config).num_proposals)
+        row["label"] = label.format(N=config.num_proposals, S=config.num_stages)
         rows.append({**row, **summary(results), "results": results})
     return rows
 
 
-def markdown(args: AblateArgs, number: str, rows: Sequence[Row]) -> str:
-    """The paper's table and ours side by side, and what ours was made with."""
+def write_table(args: AblateArgs, number: str) -> str:
+    """Writes the paper's table and ours side by side, with the results there are, as Markdown.
+
+    Returns:
+        The text.
+    """
     title, names = TABLES[number][0], TABLES[number][1].split()
     columns = {"": "{label}"}
     columns |= {f"{name} (paper)": f"{{paper_{name}:.1f}}" for name in names}
     columns |= {name: f"{{{name}:.1f}}" for name in names}
-    if any("spread" in row for row in rows):
-        columns["AP ±"] = "{spread:.1f}"
-    columns |= {"parameters": "{parameters:,.0f}", "seeds": "{seeds:d}"}
-    text = f"**Table {number}: {title}**\n\n{format_table(rows, columns)}\n"
+    columns |= {"AP ±": "{spread:.1f}", "parameters": "{parameters:,.0f}", "seeds": "{seeds:d}"}
+    rows = table_rows(args, number)
 
-    results = [result for row in rows for result in row["results"]]
-    if not results:
-        return text
-    config, first = args.config, results[0]
-    data = config.train_json or f"{config.data} ({config.shapes_train} images)"
-    machines = [", ".join(f"{k} {v}" for k, v in r["machine"].items()) for r in results]
-    return text + (
-        f"\nData: {data}, evaluated on {first['images']} images. Each run: {first['steps']} steps "
-        f"with {first['batch_size']} images. {' | '.join(dict.fromkeys(machines))}.\n"
-    )
+    notes = [f"preset {args.config.preset}", *args.config.changes()]
+    machines = [result["machine"] for row in rows for result in row["results"]]
+    notes += dict.fromkeys(", ".join(f"{k} {v}" for k, v in each.items()) for each in machines)
+    text = f"**Table {number}: {title}**\n\n{format_table(rows, columns)}\n\n{', '.join(notes)}\n"
+    (args.output / f"table{number}.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def write_tables(args: AblateArgs) -> str:
-    """Writes the tables with the results there are, as Markdown; returns the texts."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    texts = []
-    for number in args.tables:
-        rows = table_rows(args, number)
-        texts.append(markdown(args, number, rows))
-        (args.output / f"table{number}.md").write_text(texts[-1], encoding="utf-8")
-    return "\n".join(texts)
+    """Writes all tables that were asked for; returns their texts."""
+    return "\n".join(write_table(args, number) for number in args.tables)
 
 
 # --- command line ---
@@ -292,7 +271,7 @@ def read_args(argv: Sequence[str]) -> AblateArgs:
         raise UserError("nothing to evaluate on; give --val-json and --val-images as well")
     if "RANK" in os.environ:
         raise UserError("runs in one process; start it without torchrun")
-    return replace(args, tables=tables)
+    return replace(args, tables=tables, seeds=args.seeds or (args.config.seed,))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -302,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 128 + the number of the signal that stopped a training.
     """
     args = read_args(sys.argv[1:] if argv is None else list(argv))
-    missing = [run for run in runs_of(args, args.tables) if read_result(run) is None]
+    make_folder(args.output)
+    missing = [run for run in runs_of(args) if read_result(run) is None]
     for count, run in enumerate(missing, 1):
         print(f"\n=== {count} of {len(missing)}: {run.folder.name} ===", flush=True)
         if status := train_variant(run):

@@ -275,17 +275,7 @@ VARIANTS: dict[str, Variant] = {
     "stages-1": Variant(num_stages=1),
     "stages-2": Variant(num_stages=2),
     "stages-3": Variant(num_stages=3),
-    "stages-6": Variant(num_stages=6),
     "stages-12": Variant(num_stages=12),
     # Table 10.
     "positions": Variant(with_positions),
 }
-
-
-def shared_name(name: str, config: Config) -> str:
-    """The first variant that is the same model: with six stages, "stages-6" is "dynamic"."""
-    wanted = VARIANTS[name]
-    for other, variant in VARIANTS.items():
-        if variant.build is wanted.build and variant.config(config) == wanted.config(config):
-            return other
-    raise AssertionError("a variant is the same as itself")
