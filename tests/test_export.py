@@ -1,6 +1,7 @@
 """tools/export.py: the file gives what PyTorch gives at any size, and the check can fail."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -254,6 +255,20 @@ def test_a_file_that_disagrees_is_not_written(
         main([str(other), str(tmp_path / "model.onnx")])
     assert (tmp_path / "model.onnx").read_bytes() == b"what was there before"
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt", "model.onnx"}
+
+
+def test_an_exporter_that_fails_leaves_log_messages_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        assert not logging.getLogger("torch.onnx").isEnabledFor(logging.WARNING)
+        raise RuntimeError("of torch")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(RuntimeError, match="of torch"):
+        main([str(source), str(source.with_name("new.onnx"))])
+    assert logging.getLogger("torch.onnx").isEnabledFor(logging.WARNING)
+    assert not source.with_name("new.onnx").exists()
 
 
 def detections(*rows: tuple[int, float, float]) -> dict[str, torch.Tensor]:

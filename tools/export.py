@@ -33,7 +33,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -46,7 +46,6 @@ import tyro
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from data import validation_set
 from evaluate import coco_metrics, coco_results
@@ -176,48 +175,66 @@ def export_model(
     Raises:
         OSError: the file cannot be written.
     """
+    if static_hw is None:
+        # The example may have any size, except that the exporter could take it for a rule if two
+        # sides of the image or of a feature map were equal, or if one were 1.
+        detector, example_hw = _OneImage(model.for_inference()).eval(), (70, 101)
+    else:
+        detector, example_hw = _OneSize(model.for_inference()).eval(), static_hw
+    example = torch.zeros(3, *example_hw, dtype=torch.uint8)
+
     # The exporters' warnings and log messages are about their own internals.
-    with warnings.catch_warnings(action="ignore"), torch.no_grad():
-        logging.disable(logging.WARNING)
-        if static_hw is None:
-            # The example may have any size, except that the exporter could take it for a rule if
-            # two sides of the image or of a feature map were equal, or if one were 1.
-            example = torch.zeros(3, 70, 101, dtype=torch.uint8)
-            free_sides = ({1: torch.export.Dim("height"), 2: torch.export.Dim("width")},)
-            detector = _OneImage(model.for_inference()).eval()
-        else:
-            example, free_sides = torch.zeros(3, *static_hw, dtype=torch.uint8), None
-            detector = _OneSize(model.for_inference()).eval()
-
-        if suffix == ".tflite":
-            import litert_torch
-
-            litert_torch.convert(detector, (example,)).export(str(path))
-        elif suffix == ".pte":
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
-
-            program = torch.export.export(detector, (example,))
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-            path.write_bytes(lowered.to_executorch().buffer)
-        else:
-            program = torch.onnx.export(
-                detector,
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=free_sides,
-                input_names=[INPUT],
-                output_names=list(OUTPUTS),
-                verbose=False,
-            )
-            # The exporter's stack traces would tell paths of the machine that it ran on.
-            for node in program.model.graph.all_nodes():
-                node.metadata_props.clear()
-            values = {name: json.dumps(metadata[name]) for name in METADATA}
-            program.model.metadata_props.update(values)
-            program.save(str(path), external_data=False)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+            if suffix == ".tflite":
+                write_tflite(detector, example, path)
+            elif suffix == ".pte":
+                write_pte(detector, example, path)
+            else:
+                write_onnx(detector, example, path, metadata, static_hw is None)
+    finally:
         logging.disable(logging.NOTSET)
+
+
+def write_onnx(
+    detector: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any], is_size_free: bool
+) -> None:
+    """Writes a file for ONNX's runtimes, for images of any size or of the example's."""
+    sides = {1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+    program = torch.onnx.export(
+        detector,
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=(sides,) if is_size_free else None,
+        input_names=[INPUT],
+        output_names=list(OUTPUTS),
+        verbose=False,
+    )
+    # The exporter's stack traces would tell paths of the machine that it ran on.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
+    values = {name: json.dumps(metadata[name]) for name in METADATA}
+    program.model.metadata_props.update(values)
+    program.save(str(path), external_data=False)
+
+
+def write_tflite(detector: nn.Module, example: Tensor, path: Path) -> None:
+    """Writes a file for LiteRT, for images of the example's size."""
+    import litert_torch
+
+    litert_torch.convert(detector, (example,)).export(str(path))
+
+
+def write_pte(detector: nn.Module, example: Tensor, path: Path) -> None:
+    """Writes a file for ExecuTorch, for images of the example's size."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = torch.export.export(detector, (example,))
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
 
 
 # --- runtimes: each loads a file and gives a function from an image to boxes, scores, labels ---
@@ -432,9 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv, ExportArgs, "python -m tools.export", __doc__.split("\n\n")[0])
     if args.compare:
         model, checkpoint = load_model(args.source)
-        given = {"val_json": args.val_json, "val_images": args.val_images}
-        config = replace(checkpoint["config"], **{k: v for k, v in given.items() if v})
-        dataset = validation_set({**checkpoint, "config": config})
+        dataset = validation_set(checkpoint, val_json=args.val_json, val_images=args.val_images)
         return compare(args.output, model.for_inference(), dataset)
 
     # Mistakes are found before the minute that an export takes.
@@ -467,14 +482,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.output}: {megabytes:.1f} MB, {len(checkpoint['class_names'])} classes")
     for (height, width), count in zip(sizes_hw, counts, strict=True):
         print(f"  {height}×{width} pixels: {count} detections in the file and in PyTorch")
-    if args.static is not None:
-        image, operations = torch.zeros(3, *args.static, dtype=torch.uint8), []
-        for each in (_OneImage(model), _OneSize(model.for_inference())):
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                each(image)
-            operations.append(counter.get_total_flops())
-        ratio = operations[1] / operations[0]
-        print(f"  matrix products in place of RoIAlign: {ratio - 1:.0%} more operations")
 
 
 if __name__ == "__main__":
