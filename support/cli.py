@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,16 +47,6 @@ def parse_args(
     )
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person would say them: 4.2 s, 3 min 07 s, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def run_main(main: Callable[[], int | None], prog: str) -> int:
     """Runs a command line and returns its exit code.
 
@@ -87,7 +78,8 @@ def run_main(main: Callable[[], int | None], prog: str) -> int:
     try:
         status = main() or 0
         if status in (0, 1) and is_main:
-            print(f"{prog}: took {duration(time.perf_counter() - start)}", flush=True)
+            seconds = round(time.perf_counter() - start)
+            print(f"{prog}: took {timedelta(seconds=seconds)}", flush=True)  # 0:03:07
         return status
     except BrokenPipeError:  # the reader of `predict.py … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -163,12 +163,7 @@ def _start_worker(worker_id: int) -> None:
         os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    _share_by_name()
-
-
-def _share_by_name() -> None:
-    """Tensors from workers are found by name; otherwise each would be an open file (ulimit -n)."""
-    torch.multiprocessing.set_sharing_strategy("file_system")
+    torch.multiprocessing.set_sharing_strategy("file_system")  # as in `make_loader`
 
 
 def make_loader(
@@ -192,7 +187,8 @@ def make_loader(
         An iterable of (images, targets), two lists; on a machine with a GPU in pinned memory.
     """
     workers = workers_that_fit(workers, batch_bytes)
-    _share_by_name()
+    # Tensors from workers are found by name; otherwise each would be an open file (ulimit -n).
+    torch.multiprocessing.set_sharing_strategy("file_system")
     return DataLoader(
         Reseeded(dataset) if reseeded else dataset,
         batch_sampler=batches,
