@@ -68,9 +68,9 @@ class OnnxDetector:
             )
         try:
             if with_openvino:
-                self._run, metadata = _openvino(path, amp)
+                self._detect, metadata = load_openvino(path, amp)
             else:
-                self._run, metadata = _onnxruntime(path, device)
+                self._detect, metadata = load_onnxruntime(path, device)
             for name in METADATA:
                 setattr(self, name, json.loads(metadata[name]))
         except ImportError as error:
@@ -97,24 +97,35 @@ class OnnxDetector:
         results = []
         for image in images:
             try:
-                arrays = self._run({INPUT: image.cpu().contiguous().numpy()})
+                arrays = self._detect(image.cpu().contiguous().numpy())
             except Exception as error:  # as above
                 height, width = image.shape[1:]
                 raise UserError(
                     f"the ONNX file does not take an image of {height}×{width} pixels, perhaps "
                     f"because it was exported with --static ({first_line(error)})"
                 ) from None
-            found = {name: torch.from_numpy(arrays[name]) for name in OUTPUTS}
-            has_area = found["scores"] > 0  # a file of one size keeps those without, with 0
-            results.append({name: tensor[has_area] for name, tensor in found.items()})
+            results.append(as_detections(arrays))
         return results
 
 
-# --- what runs it: a function from {INPUT: array} to arrays by name, and the metadata ---
+def as_detections(arrays: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """A file's outputs for one image in the form of `SparseRCNN`: what has no area is left out.
+
+    A file of one size keeps it, with a score of 0.
+    """
+    found = {name: torch.from_numpy(array) for name, array in zip(OUTPUTS, arrays, strict=True)}
+    has_area = found["scores"] != 0
+    return {name: tensor[has_area] for name, tensor in found.items()}
 
 
-def _openvino(path: str | Path, amp: str) -> tuple[Callable, dict[str, str]]:
-    """On a CPU the faster of the two."""
+# --- what runs it ---
+
+# From an image (3, H, W) uint8 to its boxes, scores and labels.
+Detect = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+def load_openvino(path: str | Path, amp: str) -> tuple[Detect, dict[str, str]]:
+    """The file in OpenVINO, on a CPU the faster of the two, and its metadata."""
     import openvino  # only here, so that nothing but ONNX files needs it
 
     core = openvino.Core()
@@ -125,11 +136,12 @@ def _openvino(path: str | Path, amp: str) -> tuple[Callable, dict[str, str]]:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     metadata = {name: model.get_rt_info(["framework", name]).value for name in METADATA}
-    return core.compile_model(model, "CPU", settings), metadata
+    compiled = core.compile_model(model, "CPU", settings)
+    return lambda image: list(compiled([image]).values()), metadata
 
 
-def _onnxruntime(path: str | Path, device: torch.device) -> tuple[Callable, dict[str, str]]:
-    """On a CPU, and on a GPU where the package for GPUs is installed."""
+def load_onnxruntime(path: str | Path, device: torch.device) -> tuple[Detect, dict[str, str]]:
+    """The file in onnxruntime, on a GPU if its package for GPUs is installed, and its metadata."""
     import onnxruntime
 
     providers = ["CPUExecutionProvider"]
@@ -139,8 +151,5 @@ def _onnxruntime(path: str | Path, device: torch.device) -> tuple[Callable, dict
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # its errors are raised anyway; do not print them as well
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-
-    def run(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(zip(OUTPUTS, session.run(OUTPUTS, arrays), strict=True))
-
-    return run, session.get_modelmeta().custom_metadata_map
+    metadata = session.get_modelmeta().custom_metadata_map
+    return lambda image: session.run(list(OUTPUTS), {INPUT: image}), metadata

@@ -18,8 +18,8 @@ from torchvision.ops import box_iou
 
 from model import build_model, load_model
 from shapes import ShapesDataset
-from support.onnx_detector import METADATA
-from tools.export import export_model, onnxruntime, run
+from support.onnx_detector import METADATA, as_detections, load_onnxruntime
+from tools.export import export_model
 
 CONFIG = replace(TINY, num_proposals=10, num_classes=3)
 
@@ -154,9 +154,12 @@ def test_the_onnx_file_in_float16_finds_the_same_objects(tmp_path: Path) -> None
     assert (tmp_path / "half.onnx").stat().st_size < 0.6 * (tmp_path / "full.onnx").stat().st_size
 
     images = [ShapesDataset("demo", "val", 8)[i][0] for i in range(8)]
-    full, half = (onnxruntime(tmp_path / name) for name in ("full.onnx", "half.onnx"))
+    files = [
+        load_onnxruntime(tmp_path / f"{name}.onnx", torch.device("cpu"))[0]
+        for name in ("full", "half")
+    ]
     for image in images:
-        expected, found = run(full, image.as_subclass(Tensor)), run(half, image.as_subclass(Tensor))
+        expected, found = (as_detections(detect(image.numpy())) for detect in files)
         expected = {key: value[expected["scores"] > 0.5] for key, value in expected.items()}
         best = box_iou(expected["boxes"], found["boxes"]).max(1)
         assert len(expected["boxes"]) > 0 and (best.values > 0.98).all()

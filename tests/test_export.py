@@ -27,9 +27,9 @@ from predict import Predictor
 from support import onnx_detector
 from support.checkpoint import save_checkpoint
 from support.errors import UserError
-from support.onnx_detector import INPUT, OnnxDetector
+from support.onnx_detector import INPUT, Detect, OnnxDetector
 from tools import export
-from tools.export import RUNTIMES, Detect, MatrixPooler, _OneSize, agree, check, main
+from tools.export import RUNTIMES, MatrixPooler, _OneSize, agree, check, main
 
 # So that small images have boxes for all levels of the pyramid.
 CONFIG = replace(TINY, canonical_box_px=24)

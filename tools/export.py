@@ -32,9 +32,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,7 +53,15 @@ from model import SparseRCNN, load_model
 from support.cli import parse_args, run_main
 from support.errors import UserError, first_line
 from support.files import make_folder, replacing
-from support.onnx_detector import INPUT, METADATA, OUTPUTS
+from support.onnx_detector import (
+    INPUT,
+    METADATA,
+    OUTPUTS,
+    Detect,
+    as_detections,
+    load_onnxruntime,
+    load_openvino,
+)
 
 # The version of ONNX's operators. torch writes none before it.
 OPSET = 18
@@ -239,24 +246,13 @@ def write_pte(detector: nn.Module, example: Tensor, path: Path) -> None:
 
 # --- runtimes: each loads a file and gives a function from an image to boxes, scores, labels ---
 
-Detect = Callable[[np.ndarray], Sequence[np.ndarray]]
-
 
 def onnxruntime(path: Path) -> Detect:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda image: session.run(list(OUTPUTS), {INPUT: image})
+    return load_onnxruntime(path, torch.device("cpu"))[0]
 
 
-def openvino(path: Path, **hints: str) -> Detect:
-    import openvino
-
-    settings = {"INFERENCE_NUM_THREADS": 1, **hints}
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-    return lambda image: list(compiled([image]).values())
+def openvino(path: Path) -> Detect:
+    return load_openvino(path, amp="off")[0]
 
 
 def opencv(path: Path) -> Detect:
@@ -301,13 +297,10 @@ def executorch(path: Path) -> Detect:
     return lambda image: [output.numpy() for output in method.execute([torch.from_numpy(image)])]
 
 
-# As it comes, OpenVINO computes in bfloat16 where the processor has it.
-float32_openvino = partial(openvino, INFERENCE_PRECISION_HINT="f32")
 # Which files each takes, its package as in requirements-devices.txt, and its function.
 RUNTIMES = {
     "onnxruntime": (".onnx", "onnxruntime", onnxruntime),
-    "OpenVINO, float32": (".onnx", "openvino", float32_openvino),
-    "OpenVINO as it comes": (".onnx", "openvino", openvino),
+    "OpenVINO, float32": (".onnx", "openvino", openvino),
     "OpenCV": (".onnx", "opencv-python-headless", opencv),
     "LiteRT": (".tflite", "ai-edge-litert", litert),
     "ExecuTorch": (".pte", "executorch", executorch),
@@ -351,14 +344,6 @@ def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return not bool((found["scores"].diff() > 0).any())
 
 
-def run(detect: Detect, image: Tensor) -> dict[str, Tensor]:
-    """A file's detections in the form of `SparseRCNN`, without those that have no area."""
-    arrays = detect(image.contiguous().numpy())
-    found = {name: torch.from_numpy(array) for name, array in zip(OUTPUTS, arrays, strict=True)}
-    has_area = found["scores"] != 0
-    return {name: tensor[has_area] for name, tensor in found.items()}
-
-
 def check(detect: Detect, model: SparseRCNN, size_hw: tuple[int, int]) -> int:
     """Runs a file and its model, on the CPU, on an image of random pixels.
 
@@ -372,7 +357,7 @@ def check(detect: Detect, model: SparseRCNN, size_hw: tuple[int, int]) -> int:
     image = torch.randint(256, (3, *size_hw), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
         [expected] = model([image])
-    found = run(detect, image)
+    found = as_detections(detect(image.numpy()))
     if not agree(found, expected):
         raise UserError(
             "not written: the file and PyTorch disagree on an image of "
@@ -409,7 +394,7 @@ def measure(detect: Detect, model: SparseRCNN, dataset: Dataset) -> str:
         start = time.perf_counter()
         [expected] = model([image])
         middle = time.perf_counter()
-        found = run(detect, image)
+        found = as_detections(detect(image.contiguous().numpy()))
         seconds.append((middle - start, time.perf_counter() - middle))
 
         distance_px = (found["boxes"][:, None] - expected["boxes"]).abs().amax(-1)  # (n, m)
