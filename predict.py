@@ -92,6 +92,8 @@ class Predictor:
         self.score_threshold = score_threshold
         self.batch_size = batch_size
         self.amp = amp
+        if amp not in AMP_DTYPES:
+            raise UserError(f"amp={amp!r} should be one of {', '.join(AMP_DTYPES)}")
         if Path(weights).suffix.lower() == ".onnx":
             self.model = OnnxDetector(weights, self.device, amp)
             self.class_names, self.backbone, sizes = self.model.class_names, "", self.model

@@ -166,7 +166,7 @@ def test_wrong_arguments(shape: Image.Image, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             run(*arguments)
     assert sorted(os.listdir(tmp_path)) == ["a.jpg", "a.png", "empty", "photos"]
-    for wrong in ({"score_threshold": 40}, {"batch_size": 0}):
+    for wrong in ({"score_threshold": 40}, {"batch_size": 0}, {"amp": "fp8"}):
         with pytest.raises(UserError, match="should"):
             Predictor(WEIGHTS, "cpu", **wrong)
 
