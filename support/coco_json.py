@@ -186,7 +186,8 @@ def find_classes(
     is_refused = (num_new and not ignore_new) or (missing and not allow_missing)
     if is_refused or len(missing) == len(expected):
         advice = ""
-        if allow_missing and not ignore_new:  # it is a flag of validation and evaluation
+        # It is a flag of validation and evaluation, and something has to be left.
+        if allow_missing and not ignore_new and len(missing) < len(expected):
             advice = ", or leave the new ones out with --ignore-new-classes"
         raise UserError(
             f"{file}: classes {names} differ from the model's or training data's {list(expected)} "
