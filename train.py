@@ -202,6 +202,9 @@ def train(
         UserError: too many steps in a row, or all of a shorter run, were skipped.
     """
     config, world = training.config, training.world
+    if training.epoch == config.epochs:
+        report.say(f"nothing to do: all {config.epochs} epochs are done; --epochs can be raised")
+        return 0
     share = config.batch_size // world.size  # images of a batch that this process takes
     last_save = time.monotonic()
     while training.epoch < config.epochs:

@@ -531,6 +531,10 @@ def test_resuming_with_other_epochs_or_validation_data_is_said(
     for name in ("last.pt", "best.pt", "metrics.jsonl"):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
     flags = ["--resume", str(last), "--output", str(tmp_path), "--device", "cpu"]
+    before = last.read_bytes()
+    assert main(flags) == 0 and last.read_bytes() == before
+    printed = capsys.readouterr().out
+    assert "nothing to do: all 2 epochs are done" in printed and "written" not in printed
     with pytest.raises(UserError, match="--epochs 1: .*last.pt has done more"):
         main([*flags, "--epochs", "1"])
     with pytest.raises(UserError, match="--freeze-backbone False: .*--weights"):
