@@ -363,6 +363,8 @@ def validation_set(
         UserError: as `make_dataset`, or there is nothing to evaluate on.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
+    if ("val_json" in given) != ("val_images" in given):  # the other one would be of other data
+        raise UserError("--val-json and --val-images go together; give both or neither")
     config = replace(checkpoint["config"], **given)
     dataset = make_dataset(
         config, "val", checkpoint["class_names"], ignore_new_classes=ignore_new_classes

@@ -296,12 +296,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if world.is_main:
             make_folder(args.output)
         model, checkpoint = load_model(args.weights, world.device, PRESETS.get(args.preset))
-        if (args.val_json is None) != (args.val_images is None):
-            raise UserError("--val-json and --val-images go together; give both or neither")
         names = ("val_json", "val_images", "test_size", "max_size", "max_dets")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        dataset = validation_set(checkpoint, args.ignore_new_classes, **given)
         config = replace(checkpoint["config"], **given)
-        dataset = validation_set({**checkpoint, "config": config}, args.ignore_new_classes)
         choose_threads(world.device, config.backbone, args.amp)
         metrics, detections = evaluate(
             model.for_inference(),

@@ -316,6 +316,8 @@ def test_validation_data_may_lack_classes_and_training_data_may_not(folder: Path
     checkpoint = {"config": config, "class_names": list(names[:3])}
     with pytest.raises(UserError, match="new .'cat'.*--ignore-new-classes"):
         validation_set(checkpoint)
+    with pytest.raises(UserError, match="--val-json and --val-images go together"):
+        validation_set(checkpoint, val_json=file, val_images=None)
     val = validation_set(checkpoint, ignore_new_classes=True, test_size=96, max_size=None)
     assert val.category_ids == (1000, None, 7) and min(val[0][0].shape[1:]) == 96
     assert [val.class_names[k] for k in val.target(2)["labels"]] == ["bee"]
