@@ -59,7 +59,6 @@ def evaluate(
     workers: int = 0,
     amp: str = "off",
     max_dets: int = 100,
-    progress: bool = True,
     image_bytes: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Runs the model over a data set and measures it; all processes have to call this.
@@ -73,7 +72,6 @@ def evaluate(
         workers: processes that load images.
         amp: "off", "bf16" or "fp16".
         max_dets: see `coco_metrics`.
-        progress: show a progress bar if standard error is a terminal.
         image_bytes: the most that an image takes; see `make_loader`.
 
     Returns:
@@ -92,7 +90,7 @@ def evaluate(
     rates: list[float] = []  # images per second, one per batch
     sizes_hw: list[tuple[int, int]] = []  # of the images as the model saw them
     # None: only on a terminal. Standard error itself is None if it is closed.
-    is_hidden = None if progress and world.is_main and sys.stderr else True
+    is_hidden = None if world.is_main and sys.stderr else True
     for images, targets in tqdm(loader, "evaluate", unit="batch", disable=is_hidden, leave=False):
         start = time.perf_counter()
         with torch.autocast(world.device.type, AMP_DTYPES[amp], enabled=amp != "off"):

@@ -30,7 +30,7 @@ def test_a_checkpoint_reaches_its_stated_figures(name: str, num_images: int) -> 
 
     model, checkpoint = load_model(path)
     dataset = validation_set(checkpoint, **(BLOOD if name == "blood.pt" else {}))
-    metrics, _ = evaluate(model, dataset, CPU, batch_size=16, progress=False)
+    metrics, _ = evaluate(model, dataset, CPU, batch_size=16)
     stated = re.search(rf"`{name}` \| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)", NOTE).groups()
     found = [100 * metrics[key] for key in ("AP", "AP50", "AP75")]
     assert metrics["images"] == num_images

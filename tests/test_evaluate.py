@@ -138,7 +138,7 @@ def test_boxes_come_back_in_the_pixels_of_the_file(make_coco: CocoFactory) -> No
         boxes, scores = target["boxes"].as_subclass(torch.Tensor), torch.tensor([0.9, 0.5])
         answers.append({"boxes": boxes, "labels": target["labels"], "scores": scores})
     model = Oracle(answers).train()
-    metrics, detections = evaluate(model, dataset, CPU, batch_size=2, progress=False)
+    metrics, detections = evaluate(model, dataset, CPU, batch_size=2)
     run = by_pycocotools(COCO(json_file), detections)
     assert metrics["AP"] == pytest.approx(1.0) == run.stats[0]
     assert {detection["category_id"] for detection in detections} <= {7, -3, 1000}

@@ -89,7 +89,7 @@ def test_a_run_on_ones_own_data_writes_what_the_contract_says(
     model, rest = load_model(output / "last.pt")
     val_set = make_dataset(rest["config"], "val", class_names=rest["class_names"])
     assert val_set.category_ids == (4, 9, 2)
-    ap = evaluate(model, val_set, CPU, progress=False)[0]["AP"]
+    ap = evaluate(model, val_set, CPU)[0]["AP"]
     assert ap == pytest.approx(lines[-1]["AP"], abs=1e-6)
 
 

@@ -78,7 +78,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with join_world("cpu") as world:
         metrics, detections = evaluate(
-            AlmostRight(), ShapesDataset("demo", "val", 11), world, batch_size=2, progress=False
+            AlmostRight(), ShapesDataset("demo", "val", 11), world, batch_size=2
         )
         results = {
             "sum": world.sum(world.rank + 1, 0.5),
