@@ -1,12 +1,11 @@
 """Files are old or whole, errors name the file that was meant, and nothing is left behind."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from support.files import make_folder, replacing, write_json
+from support.files import make_folder, replacing
 
 
 @pytest.mark.parametrize("name", ["a.json", "猫" * 85, os.fsdecode(b"\xff.json")])
@@ -26,23 +25,6 @@ def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("ha")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
-
-
-def test_json_holds_names_in_any_encoding(tmp_path: Path) -> None:
-    value = {"猫": [1.5, None], os.fsdecode(b"\xff.jpg"): "Kätzchen"}
-    write_json(tmp_path / "a.json", value, indent=2)
-    assert json.loads((tmp_path / "a.json").read_bytes()) == value
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
-def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path: Path) -> None:
-    with replacing(tmp_path / "a.json") as temporary:
-        temporary.write_text('"old"')
-    temporary.symlink_to("/dev/full")  # it fails as a full disk does: when something is written
-    with pytest.raises(OSError, match=r"a\.json: not written \(No space left on device\)"):
-        write_json(tmp_path / "a.json", "new")
-    assert json.loads((tmp_path / "a.json").read_bytes()) == "old"
-    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_folder_is_made_and_tried(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from torch import nn
 from torchvision.ops import box_convert, roi_align
 
 from head import (
-    DELTA_WEIGHTS,
     DynamicHead,
     DynamicInteraction,
     RoIPooler,
@@ -85,15 +84,6 @@ def test_dynamic_interaction_is_two_convolutions_that_each_proposal_generates() 
         assert torch.allclose(out[n], expected[0], atol=1e-5)
 
 
-def test_each_proposal_meets_its_own_region_and_no_other() -> None:
-    layers = DynamicInteraction(C, D, R)
-    pro_feats, roi_feats = torch.randn(N, C), torch.randn(N, R * R, C)
-    before = layers(pro_feats, roi_feats)
-    roi_feats[2] += 1
-    changed = (layers(pro_feats, roi_feats) != before).any(-1)
-    assert changed.tolist() == [n == 2 for n in range(N)]
-
-
 def test_proposals_see_each_other_but_not_those_of_other_images() -> None:
     stage, boxes_px = make_head().stages[0], make_proposals()[1]
     roi_feats, pro_feats = torch.randn(B * N, C, R, R), torch.randn(B, N, C)
@@ -104,22 +94,13 @@ def test_proposals_see_each_other_but_not_those_of_other_images() -> None:
     assert not changed[1].any()
 
 
-def test_apply_deltas_by_hand() -> None:
-    boxes_px = torch.tensor([[10.0, 20.0, 30.0, 60.0]])  # centre 20, 40; size 20, 40
-    moved = apply_deltas(torch.tensor([[1.0, -0.5, math.log(2), math.log(0.5)]]), boxes_px)
-    cx, cy = 20 + 1.0 / 2 * 20, 40 - 0.5 / 2 * 40
-    assert torch.allclose(moved, torch.tensor([[cx - 20, cy - 10, cx + 20, cy + 10]]))
-    assert torch.equal(apply_deltas(torch.zeros(1, 4), boxes_px), boxes_px)
-    assert DELTA_WEIGHTS == (2, 2, 1, 1)
-
-
 def test_apply_deltas_inverts_the_parametrisation_of_r_cnn() -> None:
     _, given_px, _ = make_proposals()
     wanted_px = make_proposals()[1]
     x_a, y_a, w_a, h_a = box_convert(given_px, "xyxy", "cxcywh").double().unbind(-1)
     x, y, w, h = box_convert(wanted_px, "xyxy", "cxcywh").double().unbind(-1)
     t = torch.stack(((x - x_a) / w_a, (y - y_a) / h_a, (w / w_a).log(), (h / h_a).log()), dim=-1)
-    found_px = apply_deltas(t * torch.tensor(DELTA_WEIGHTS), given_px)
+    found_px = apply_deltas(t * torch.tensor([2, 2, 1, 1]), given_px)
     assert torch.allclose(found_px, wanted_px, atol=1e-3)
 
 
@@ -164,16 +145,6 @@ def test_pooling_equals_one_box_at_a_time() -> None:
             assert torch.allclose(pooled[b, n], one[0], atol=1e-5)
 
 
-def test_a_level_without_boxes_gets_a_gradient_of_zero() -> None:
-    pyramid, boxes_px, _ = make_proposals()
-    pyramid = [features.requires_grad_() for features in pyramid]
-    RoIPooler(R)(pyramid, boxes_px).sum().backward()
-    assert pyramid[0].grad.abs().sum() > 0
-    for features in pyramid[1:]:
-        assert features.grad is not None
-        assert not features.grad.any()
-
-
 def test_between_stages_boxes_carry_no_gradient_and_features_do() -> None:
     head = make_head(2)
     pyramid, boxes_px, pro_feats = make_proposals()
@@ -203,22 +174,6 @@ def test_initialisation_goes_by_name_whatever_the_number_of_classes(num_classes:
     assert torch.equal(stage.attn_norm.bias, torch.zeros(C))
     limit = math.sqrt(6 / (C + 24))
     assert limit * 0.95 < stage.ffn[0].weight.abs().max() <= limit  # Xavier-uniform
-
-
-def test_the_interaction_can_be_replaced() -> None:
-    class Static(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(R * R * C, C)
-
-        def forward(self, pro_feats: torch.Tensor, roi_feats: torch.Tensor) -> torch.Tensor:
-            return self.linear(roi_feats.flatten(1))
-
-    stage = Stage(C, K, num_heads=4, ffn_dim=24, interaction=Static())
-    roi_feats, pro_feats = torch.randn(B * N, C, R, R), torch.randn(B, N, C)
-    logits, _, _ = stage(roi_feats, make_proposals()[1], pro_feats)
-    assert logits.shape == (B, N, K)
-    assert not any("linear1" in name for name, _ in stage.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

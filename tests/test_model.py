@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import convert_bounding_box_format
 
 from backbone import ResNetFPN
-from config import PRESETS, Config
+from config import PRESETS
 from head import DynamicInteraction
 from model import Interaction, SparseRCNN, build_model, check_target
 
@@ -28,39 +28,20 @@ def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def test_detections_are_in_torchvisions_form(model: SparseRCNN) -> None:
-    images = [image(70, 90), image(40, 64, 1)]
-    with torch.no_grad():
-        model.proposal_boxes[:, :2] += 0.3 * torch.randn(TINY.num_proposals, 2)
-        detections = model(images)
-    for found, pixels in zip(detections, images, strict=True):
-        height, width = pixels.shape[1:]
-        boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
-        assert len(boxes) == len(scores) == len(labels) <= TINY.num_proposals
-        assert boxes.dtype == scores.dtype == torch.float32
-        assert labels.dtype == torch.int64
-        assert (boxes >= 0).all()
-        assert (boxes[:, 0::2] <= width).all()
-        assert (boxes[:, 1::2] <= height).all()
-        assert (boxes[:, 2:] > boxes[:, :2]).all()
-        assert (scores[:-1] >= scores[1:]).all()
-        assert set(labels.tolist()) <= set(range(TINY.num_classes))
-
-
 def test_selection_is_the_best_n_of_all_proposals_and_classes() -> None:
     B, N, K = 2, 5, 3
-    logits, boxes_px = torch.randn(B, N, K), torch.rand(B, N, 4) * 20
-    boxes_px[..., 2:] += 25
-    whwh_px = torch.tensor([50.0, 40.0, 50.0, 40.0])
-    found = SparseRCNN.detections(logits, boxes_px, whwh_px.expand(B, 4))
+    logits, boxes_px = torch.randn(B, N, K), torch.rand(B, N, 4) * 20 - 5
+    boxes_px[..., 2:] += 30
+    whwh_px = torch.tensor([[40.0, 30.0, 40.0, 30.0], [30.0, 45.0, 30.0, 45.0]])
+    found = SparseRCNN.detections(logits, boxes_px, whwh_px)
     for b in range(B):
         scores = logits[b].sigmoid()
         candidates = [(scores[n, k].item(), n, k) for n in range(N) for k in range(K)]
         ranked = sorted(candidates, reverse=True)[:N]
         assert found[b]["scores"].tolist() == pytest.approx([score for score, _, _ in ranked])
         assert found[b]["labels"].tolist() == [k for _, _, k in ranked]
-        expected_px = torch.stack([boxes_px[b, n].minimum(whwh_px) for _, n, _ in ranked])
-        assert torch.equal(found[b]["boxes"], expected_px)
+        chosen_px = torch.stack([boxes_px[b, n] for _, n, _ in ranked])
+        assert torch.equal(found[b]["boxes"], chosen_px.clamp(min=0).minimum(whwh_px[b]))
 
 
 def test_boxes_without_area_after_clipping_are_dropped() -> None:
@@ -69,14 +50,6 @@ def test_boxes_without_area_after_clipping_are_dropped() -> None:
     whwh_px = torch.tensor([[50.0, 40.0, 50.0, 40.0]])
     found = SparseRCNN.detections(torch.zeros(1, 2, 1), boxes_px, whwh_px)
     assert found[0]["boxes"].tolist() == [[5.0, 5.0, 20.0, 20.0]]
-
-
-def test_uint8_and_float_images_are_the_same(model: SparseRCNN) -> None:
-    pixels = image(64, 80)
-    with torch.no_grad():
-        a, b = model.stages([pixels]), model.stages([pixels.float() / 255])
-    assert torch.allclose(a.logits, b.logits, atol=1e-5)
-    assert torch.allclose(a.boxes, b.boxes, atol=1e-3)
 
 
 def test_the_shapes_that_are_documented(model: SparseRCNN) -> None:
@@ -97,7 +70,7 @@ def test_the_shapes_that_are_documented(model: SparseRCNN) -> None:
 
 def test_images_are_padded_on_the_right_and_bottom_and_never_resized(model: SparseRCNN) -> None:
     images = [image(70, 33), image(40, 64, 1)]
-    batch, whwh_px = model.prepare(images)
+    batch, whwh_px = model.prepare([images[0], images[1] / 255])  # uint8, and float 0–1
     assert batch.shape == (2, 3, 96, 64)
     assert whwh_px.tolist() == [[33, 70, 33, 70], [64, 40, 64, 40]]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -107,26 +80,6 @@ def test_images_are_padded_on_the_right_and_bottom_and_never_resized(model: Spar
         assert torch.allclose(canvas[:, :height, :width], expected, atol=1e-5)
         assert not canvas[:, height:].any()
         assert not canvas[:, :, width:].any()
-
-
-def test_train_mode_gives_losses_for_every_stage() -> None:
-    model = build_model(TINY).train()
-    target = {**objects(3, TINY.num_classes, 90, 70), "image_id": 5}
-    target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(70, 90))
-    losses = model([image(70, 90)], [target])
-    kinds, stages = ("cls", "l1", "giou"), range(TINY.num_stages)
-    assert set(losses) == {f"loss_{kind}_{i}" for kind in kinds for i in stages}
-    assert all(type(loss) is torch.Tensor and loss.dim() == 0 for loss in losses.values())
-    sum(losses.values()).backward()
-    # DistributedDataParallel insists on this.
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_num_objects_scales_the_losses() -> None:
-    model, target = build_model(TINY).train(), objects(3, TINY.num_classes, 90, 70)
-    by_its_3 = sum(model([image(70, 90)], [target]).values())
-    by_12 = sum(model([image(70, 90)], [target], num_objects=12).values())
-    assert by_its_3.item() == pytest.approx(4 * by_12.item(), rel=1e-4)
 
 
 def test_overfits_one_image_with_two_objects() -> None:
@@ -232,12 +185,6 @@ def test_presets_build(preset: str) -> None:
     assert len(model.head.stages) == config.num_stages
     assert model.proposal_feats.shape == (config.num_proposals, config.hidden_dim)
     assert model.head.stages[0].cls_logits.out_features == config.num_classes
-
-
-def test_r50_has_the_papers_size() -> None:
-    with torch.device("meta"):
-        model = build_model(Config(), pretrained_backbone=False)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(106e6, rel=0.01)
 
 
 def test_a_frozen_backbone_has_no_batch_norm_to_train_and_an_unfrozen_one_trains_all() -> None:

@@ -39,18 +39,6 @@ def test_values_and_gradients_are_torchvisions(size_hw, output_size, stride, sam
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_channels_last_and_float32() -> None:
-    features = torch.randn(2, 6, 13, 17).to(memory_format=torch.channels_last)
-    rois = regions(20, 2, 68, 52).float()
-    arguments = (rois, 5, 0.25, 2, True)
-    torch.testing.assert_close(
-        roi_align(features, *arguments),
-        torchvision.ops.roi_align(features.contiguous(), *arguments),
-        atol=1e-4,
-        rtol=1e-4,
-    )
-
-
 def test_what_is_not_computed_here_is_torchvisions() -> None:
     features = torch.randn(1, 2, 8, 8, requires_grad=True)
     rois = torch.tensor([[0.0, 3.0, 5.0, 20.0, 30.0]])
@@ -62,7 +50,7 @@ def test_what_is_not_computed_here_is_torchvisions() -> None:
 
 
 def test_boxes_that_are_not_finite_do_not_crash() -> None:
-    # The matcher's message about them is better than an index error.
+    # The loss is NaN then, and the step is skipped; an index error would end the run.
     bad = [float("nan"), float("inf"), float("-inf")]
     rois = torch.tensor([[0.0, value, 1.0, 9.0, 9.0] for value in bad])
     assert roi_align(torch.randn(1, 2, 8, 8), rois, 3, 0.25, 2, True).shape == (3, 2, 3, 3)
