@@ -168,6 +168,16 @@ def test_the_best_rate_of_the_trials_is_trained_in_full(command):
         (runs / f"lr{other}-trial/sparse-rcnn-seed3/tune.json").write_text('{"AP": 0.1}')
         chosen = peers.reported_runs("sparse-rcnn", args)
         assert [run.config.lr for run in chosen] == [float(best)] * 2
+
+    # An AP below 1 of 100 is noise; here it would choose the larger loss.
+    losses = {
+        path: json.loads(path.read_text().splitlines()[-1])["loss"]
+        for path in runs.glob("*-trial/sparse-rcnn-seed3/metrics.jsonl")
+    }
+    for path, precision in zip(sorted(losses, key=losses.get), (0.002, 0.004), strict=True):
+        path.with_name("tune.json").write_text(json.dumps({"AP": precision}))
+    [chosen, _] = peers.reported_runs("sparse-rcnn", args)
+    assert f"lr{chosen.config.lr:g}-trial" == min(losses, key=losses.get).parts[-3]
     for path in runs.glob("*/*/tune.json"):
         path.unlink()
 
