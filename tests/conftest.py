@@ -1,13 +1,17 @@
 """What several test files share; the expensive fixtures are made once per run."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from config import PRESETS, Config
+from model import build_model
 from shapes import ShapesDataset
 from support.distributed import World
 from train import Training, share_gradients, start_training, train_step
@@ -77,11 +82,6 @@ def _usual_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.fixture
-def tiny_config() -> Config:
-    return TINY
-
-
 @pytest.fixture(scope="session")
 def tiny_flags() -> list[str]:
     """The command line of `TINY`."""
@@ -113,6 +113,12 @@ def objects(
         "boxes": corners.flatten(1).float(),
         "labels": torch.randint(num_classes, (count,), generator=generator),
     }
+
+
+def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Random pixels (3, H, W) uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def predictions(S: int, B: int, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,13 +167,38 @@ def take_step(
     return {"loss": sum(v for k, v in values.items() if k.startswith("loss")), **values}
 
 
-def torchrun(*args: str, processes: int = 2, **kwargs: Any) -> subprocess.CompletedProcess:
-    """A real torchrun with one thread per process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc_per_node={processes}", *args]
+def python(*args: str, **kwargs: Any) -> subprocess.CompletedProcess:
+    """Another interpreter with one thread, which finds our modules and those of the tests."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, *args]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, **kwargs)
+
+
+def no_training(*_: object) -> int:
+    """In the place of `train.run`."""
+    raise AssertionError("a training was started")
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address at which the files of a folder are served."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def torchrun(*args: str) -> subprocess.CompletedProcess:
+    """A real torchrun with two processes."""
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+
+
+def tiny_checkpoint(**changes: Any) -> dict[str, Any]:
+    """A checkpoint of a new model of `TINY`."""
+    contents = {"model": build_model(TINY).state_dict(), "config": TINY.to_dict()}
+    return {**contents, "class_names": ["a", "b", "c"], "category_ids": [3, 1, 2], **changes}
 
 
 def draw_reference_tensor(key: str, shape: list[int], seed: int) -> torch.Tensor:

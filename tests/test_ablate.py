@@ -8,22 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY, objects, take_step
+from conftest import CPU, TINY, no_training, objects, take_step
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 import train
 from experiments import ablate, variants
-from experiments.variants import VARIANTS, AttentionStage, ReuseStage, StaticStage
-from head import DynamicInteraction, Stage
+from experiments.variants import VARIANTS
 from model import SparseRCNN
 from shapes import ShapesDataset
 from support.errors import UserError
 
 B, N, C, R, K = 2, 5, TINY.hidden_dim, TINY.roi_size, TINY.num_classes
-# One of each kind; the numbers of proposals and stages are settings of the plain model.
-KINDS = ("sparse", "cascade", "reuse", "attention", "dynamic")
-KINDS += ("centre", "grid", "random", "positions")
+# One of each kind: whom a proposal's feature reaches in each stage. The other variants are plain
+# models that start from other boxes, or have more proposals or stages.
+NOBODY, ITSELF, ALL = [], [1], [*range(N)]
+REACHED = {"sparse": [NOBODY], "cascade": [NOBODY] * 2, "reuse": [NOBODY, ITSELF]}
+REACHED |= {"attention": [ALL] * 2, "dynamic": [ALL] * 2, "positions": [ALL] * 2}
 
 
 def build(name: str) -> SparseRCNN:
@@ -40,7 +41,7 @@ def stage_inputs() -> tuple[Tensor, Tensor, Tensor]:
 # --- variants ---
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", REACHED)
 def test_a_variant_learns_and_every_trained_parameter_has_a_part_in_it(name):
     config = replace(VARIANTS[name].config(TINY), lr=0.01)
     dataset = ShapesDataset("demo", "train", 4)
@@ -56,38 +57,23 @@ def test_a_variant_learns_and_every_trained_parameter_has_a_part_in_it(name):
             assert parameter.grad.any(), key
 
 
-@pytest.mark.parametrize(
-    "kind, seen", [(StaticStage, []), (ReuseStage, [1]), (AttentionStage, [*range(N)])]
-)
-def test_whom_a_proposals_feature_reaches(kind, seen):
-    stage = kind(TINY)
+@pytest.mark.parametrize("name", REACHED)
+def test_whom_a_proposals_feature_reaches_in_each_stage(name):
     roi_feats, boxes_px, pro_feats = stage_inputs()
-    before = stage(roi_feats, boxes_px, pro_feats)
     changed = pro_feats.clone()
     changed[0, 1] += torch.randn(C)
-    after = stage(roi_feats, boxes_px, changed)
-    for old, new in zip(before, after, strict=True):  # logits, boxes, features
-        differs = (old - new).abs().amax(-1) > 1e-6
-        assert torch.nonzero(differs[0]).flatten().tolist() == seen
-        assert not differs[1].any()  # the other image
-
-
-def test_the_stages_of_each_variant():
-    kinds = {name: [type(stage).__name__ for stage in build(name).head.stages] for name in KINDS}
-    static = {
-        "sparse": ["StaticStage"],
-        "cascade": ["StaticStage"] * 2,
-        "reuse": ["StaticStage", "ReuseStage"],
-        "attention": ["AttentionStage"] * 2,
-        "positions": ["PositionalStage"] * 2,
-    }
-    assert kinds == dict.fromkeys(KINDS, ["Stage"] * 2) | static
+    for stage, reached in zip(build(name).head.stages, REACHED[name], strict=True):
+        before, after = (stage(roi_feats, boxes_px, feats) for feats in (pro_feats, changed))
+        for old, new in zip(before, after, strict=True):  # logits, boxes, features
+            differs = (old - new).abs().amax(-1) > 1e-6
+            assert torch.nonzero(differs[0]).flatten().tolist() == reached
+            assert not differs[1].any()  # the other image
 
 
 def test_static_and_dynamic_stages_are_equally_large():
     models = [VARIANTS[name].build(ablate.ABLATION, False) for name in ("attention", "grid")]
     static, dynamic = (sum(p.numel() for p in m.head.stages[-1].parameters()) for m in models)
-    assert static == pytest.approx(dynamic, rel=0.05)
+    assert static == pytest.approx(dynamic, rel=0.05) and static != dynamic
 
 
 def test_all_variants_can_start_from_one_backbone():
@@ -105,7 +91,8 @@ def test_all_variants_can_start_from_one_backbone():
 
 
 def test_proposal_boxes_start_where_the_tables_say():
-    start = {name: build(name).proposal_boxes.data for name in KINDS}
+    names = {name for _, _, name, _ in ablate.ROWS}
+    start = {name: build(name).proposal_boxes.data for name in names}
     for table, _, name, _ in ablate.ROWS:  # all rows of Tables 3 to 5 start from the grid
         assert table not in "345" or torch.equal(start[name], start["grid"])
     assert torch.equal(start["grid"], variants.grid_boxes(TINY.num_proposals))
@@ -135,11 +122,10 @@ def test_box_encoding_is_the_formula():
 
 
 def test_positional_encoding_tells_a_stage_where_its_proposals_are():
-    dynamic = DynamicInteraction(C, TINY.dynamic_dim, R)
-    plain = Stage(**variants.stage_options(TINY), interaction=dynamic)
     roi_feats, boxes_px, pro_feats = stage_inputs()
     boxes_px.requires_grad_(True)
-    for stage, sees in ((plain, False), (variants.PositionalStage(plain), True)):
+    for name, sees in (("dynamic", False), ("positions", True)):
+        stage = build(name).head.stages[1]
         here, elsewhere = (
             stage(roi_feats, boxes, pro_feats)[0] for boxes in (boxes_px, boxes_px + 10)
         )
@@ -181,10 +167,6 @@ def command(tiny_flags, tmp_path_factory) -> tuple[Path, list[str]]:
     flags += ["--start-from", "None"]
     assert ablate.main(["10", *flags]) == 0
     return folder, flags
-
-
-def no_training(*_: object) -> int:
-    raise AssertionError("a training was started")
 
 
 def test_the_command_writes_the_table_beside_the_papers(command):

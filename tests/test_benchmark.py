@@ -91,12 +91,9 @@ def test_peers_do_not_resize() -> None:
 
 def test_a_peer_trains_what_our_recipe_trains() -> None:
     peer = TrainedPeer(build_peer("retinanet", 64, 96))
-    known = []
-    peer.detector.transform.register_forward_pre_hook(lambda _, inputs: known.append(inputs[1]))
     before = {name: buffer.clone() for name, buffer in peer.named_buffers()}
     images, target = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8), objects(3, 80, 96, 64)
     sum(peer(list(images), [target]).values()).backward()
-    assert torch.equal(known[0][0]["labels"], target["labels"] + 1)
     assert all(torch.equal(buffer, before[name]) for name, buffer in peer.named_buffers())
     body = [name for name, p in peer.named_parameters() if p.grad is not None and "body" in name]
     assert {name.split(".")[3] for name in body} == {"layer2", "layer3", "layer4"}

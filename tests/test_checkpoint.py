@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, reference_weights
+from conftest import TINY, reference_weights, tiny_checkpoint
 
 from config import PRESETS
 from model import build_model, load_model
@@ -19,13 +19,7 @@ from support.files import replacing
 
 
 def saved(path: Path, **changes: Any) -> Path:
-    contents = {
-        "model": build_model(TINY).state_dict(),
-        "config": TINY.to_dict(),
-        "class_names": ["a", "b", "c"],
-        "category_ids": [3, 1, 2],
-    }
-    save_checkpoint(path, {**contents, **changes})
+    save_checkpoint(path, tiny_checkpoint(**changes))
     return path
 
 

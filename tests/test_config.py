@@ -59,12 +59,6 @@ def test_the_schedule(config: Config, total_steps: int, factors: dict[int, float
 # --- what a config refuses ---
 
 
-def test_dict_round_trip_also_through_json_lists() -> None:
-    values = PRESETS["r50-300"].to_dict()
-    values["min_sizes"] = list(values["min_sizes"])
-    assert Config.from_dict(values) == PRESETS["r50-300"]
-
-
 NAN, INF = float("nan"), float("inf")
 
 

@@ -1,19 +1,16 @@
 """tools/convert.py: the shapes of the tensors tell the config, and what does not fit is named."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, reference_weights
+from conftest import python, reference_weights, tiny_checkpoint
 
 import support.convert
 import tools.convert
 from config import Config
-from model import build_model, load_model
+from model import load_model
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.convert import COCO_CLASSES, as_checkpoint, convert_checkpoint
 from support.errors import UserError
@@ -25,17 +22,12 @@ def authors() -> dict[str, torch.Tensor]:
     return reference_weights("r50_100")
 
 
-@pytest.fixture(scope="module")
-def mmdet() -> dict[str, torch.Tensor]:
-    return reference_weights("mmdet_r50_100")
-
-
 def test_the_command_offers_the_function_that_checkpoints_are_read_with() -> None:
     assert tools.convert.convert_checkpoint is support.convert.convert_checkpoint
 
 
-def test_both_vocabularies_give_the_same_names_and_the_papers_config(authors, mmdet) -> None:
-    ours = convert_checkpoint(authors)
+def test_both_vocabularies_give_the_same_names_and_the_papers_config(authors) -> None:
+    ours, mmdet = convert_checkpoint(authors), reference_weights("mmdet_r50_100")
     assert set(ours) == set(convert_checkpoint({"meta": {}, "state_dict": mmdet}))
     parallel = {f"module.{key}": value for key, value in authors.items()}
     assert set(ours) == set(convert_checkpoint({"model": parallel}))
@@ -77,19 +69,9 @@ def test_coco_has_80_classes() -> None:
     assert 12 not in COCO_CLASSES
 
 
-def test_weights_of_mmdetection_are_loaded_as_they_are(mmdet, tmp_path: Path) -> None:
-    torch.save({"state_dict": mmdet, "meta": {}}, tmp_path / "mmdet.pth")
-    model, rest = load_model(tmp_path / "mmdet.pth")
-    assert rest["config"] == Config(test_size=800)
-    assert rest["class_names"] == list(COCO_CLASSES.values())
-    assert torch.equal(model.proposal_boxes, mmdet["rpn_head.init_proposal_bboxes.weight"])
-
-
 def test_the_command_line_writes_a_checkpoint(authors, tmp_path: Path) -> None:
     torch.save({"model": authors, "iteration": 269_999}, tmp_path / "in.pth")
-    command = [sys.executable, "-m", "tools.convert", "in.pth", "out.pt"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = python("-m", "tools.convert", "in.pth", "out.pt", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert "resnet50, 100 proposals, 6 stages, 80 classes (person, …)" in done.stdout
     model, rest = load_model(tmp_path / "out.pt")
@@ -97,14 +79,9 @@ def test_the_command_line_writes_a_checkpoint(authors, tmp_path: Path) -> None:
     assert torch.equal(model.proposal_feats, authors["init_proposal_features.weight"])
 
 
-def tiny(**changes: Any) -> dict[str, Any]:
-    contents = {"model": build_model(TINY).state_dict(), "config": TINY.to_dict()}
-    return {**contents, "class_names": list("abc"), "category_ids": [1, 2, 3], **changes}
-
-
 def test_a_mistake_leaves_the_source_as_it_was_and_writes_nothing(authors, tmp_path: Path) -> None:
     path, link, missing = (tmp_path / name for name in ("last.pt", "link.pt", "missing.pth"))
-    save_checkpoint(path, {**tiny(), "optimizer": {}, "step": 3})
+    save_checkpoint(path, tiny_checkpoint(optimizer={}, step=3))
     link.symlink_to(path)
     del (lacking := dict(authors))["head.head_series.3.norm2.bias"]
     torch.save(lacking, missing)
@@ -123,7 +100,7 @@ def test_a_mistake_leaves_the_source_as_it_was_and_writes_nothing(authors, tmp_p
 
 def test_half_precision_halves_a_file_and_leaves_out_the_training_state(tmp_path: Path) -> None:
     source, small, large = (str(tmp_path / name) for name in ("last.pt", "small.pt", "large.pt"))
-    contents = tiny()
+    contents = tiny_checkpoint()
     save_checkpoint(source, {**contents, "optimizer": {"state": torch.zeros(10**6)}, "epoch": 3})
     main([source, small, "--half"])
     assert set(load_checkpoint(small)) == set(contents)

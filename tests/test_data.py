@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 
 import data
 from config import PRESETS, Config
-from data import CocoDataset, check_data, make_dataset, require_objects, validation_set
+from data import CocoDataset, check_data, make_dataset, notes_on_data, validation_set
 from shapes import ShapesDataset
 from support.errors import UserError
 
@@ -153,13 +153,18 @@ def test_check_data_counts_all_unusable_images_and_says_why(folder: Path) -> Non
     assert load(folder, raw)[2][0].shape == (3, W, H)
 
 
-def test_training_data_without_objects_are_refused(folder: Path) -> None:
-    require_objects(load(folder, example()))
-    crowds = [annotation | {"iscrowd": 1} for annotation in example()["annotations"]]
-    for annotations in ([], crowds):
-        words = rf"labels\.json: no objects .*\({len(annotations)} annotations are crowds"
-        with pytest.raises(UserError, match=words):
-            require_objects(load(folder, {**example(), "annotations": annotations}))
+def test_objects_too_many_or_too_small_to_be_found_are_said_with_a_way_out(folder: Path) -> None:
+    raw = example()
+    raw["annotations"] += [box(21 + k, 30, 7, 9 * k, 9, 9, 9) for k in range(4)]
+    dataset = load(folder, raw)
+    assert notes_on_data(dataset, Config()) == []
+    # At a shortest side of 16 pixels, a third, the four of seven are 3 pixels long.
+    config = Config(max_dets=3, min_sizes=(16,))
+    many, small = notes_on_data(dataset, config)
+    assert "up to 4 objects of a class per image, of which 3 detections count" in many
+    assert "57% of the objects are less than 4 pixels long in the resized" in small
+    assert many.endswith("--max-dets 4") and "--max-size 64 and" in small
+    assert notes_on_data(dataset, replace(config, max_dets=4, min_sizes=(24,))) == []
 
 
 # --- augmentation ---
@@ -293,16 +298,10 @@ def test_the_recipe_draws_the_same_random_numbers_as_ever(seed: int, crop: bool)
 # --- which data ---
 
 
-def test_own_data(folder: Path) -> None:
-    file, images = str(write(folder, example())), str(folder)
-    own = Config(train_json=file, train_images=images)
-    assert min(make_dataset(own, "train")[0][0].shape[1:]) in own.min_sizes
-    assert make_dataset(own, "val") is None
-    with pytest.raises(UserError, match="give --val-json and --val-images"):
-        validation_set({"config": own, "class_names": ["owl"]})
-    for flag, missing in (("json", "images"), ("images", "json")):
-        with pytest.raises(UserError, match=f"^--val-{missing} is missing"):
-            make_dataset(replace(own, **{f"val_{flag}": file}), "val")
+@pytest.mark.parametrize(("flag", "missing"), [("json", "images"), ("images", "json")])
+def test_a_file_and_its_images_go_together(flag: str, missing: str) -> None:
+    with pytest.raises(UserError, match=f"^--val-{missing} is missing"):
+        make_dataset(Config(**{f"val_{flag}": "a"}), "val")
 
 
 def test_validation_data_may_lack_classes_and_training_data_may_not(folder: Path) -> None:

@@ -1,14 +1,11 @@
 """The same recipe with any number of processes, seen with a real torchrun."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, AlmostRight, torchrun
+from conftest import CPU, ROOT, AlmostRight, python, torchrun
 from two_processes import gradients
 
 from evaluate import evaluate
@@ -191,5 +188,4 @@ def test_a_process_ends_although_a_worker_is_still_there() -> None:
         "builtins.kept = iter(make_loader(Drawing(), [[i] for i in range(20)], workers=1))\n"
         "next(builtins.kept); sys.exit(3)"
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    assert subprocess.run([sys.executable, "-c", script], env=env, timeout=90).returncode == 3
+    assert python("-c", script).returncode == 3

@@ -1,22 +1,19 @@
 """Weights of the backbone and of whole models: downloaded, from the cache, or an error."""
 
-import functools
 import hashlib
-import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, serving, tiny_checkpoint
 from torch.hub import load_state_dict_from_url
 from torchvision.models import resnet18
 
 import backbone
 from backbone import ResNetFPN
-from model import build_model, load_model
+from model import load_model
 from support.checkpoint import PUBLISHED, load_checkpoint, save_checkpoint
 from support.errors import UserError
 
@@ -29,11 +26,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pa
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with serving(folder) as address:
+        yield folder, address
 
 
 def resnet_from(url: str, monkeypatch: pytest.MonkeyPatch) -> ResNetFPN:
@@ -70,12 +64,11 @@ def test_a_model_is_downloaded_once_and_failures_say_which_file_to_mend(
     server: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, address = server
-    rest = {"config": TINY.to_dict(), "class_names": ["a", "b", "c"], "category_ids": [1, 2, 3]}
-    save_checkpoint(folder / "whole.pth", {"model": build_model(TINY).state_dict(), **rest})
+    save_checkpoint(folder / "whole.pth", tiny_checkpoint())
     (folder / "cut.pth").write_bytes((folder / "whole.pth").read_bytes()[:-1000])
     monkeypatch.setitem(PUBLISHED, NAME, f"{address}/whole.pth")
     model, found = load_model(NAME)
-    assert found["config"] == TINY and found["class_names"] == rest["class_names"]
+    assert found["config"] == TINY and found["class_names"] == ["a", "b", "c"]
     (folder / "whole.pth").unlink()
     assert torch.equal(model.proposal_feats, load_model(NAME)[0].proposal_feats)
 

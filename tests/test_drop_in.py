@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, picture
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, box_iou
 
@@ -34,10 +34,7 @@ def trained(config=CONFIG) -> SparseRCNN:
     return model.eval()
 
 
-IMAGES = [
-    torch.randint(256, (3, 70, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-    for i in (0, 1)
-]
+IMAGES = [picture(70, 96, seed) for seed in (0, 1)]
 TARGETS = [
     {"boxes": torch.tensor([[4.0, 5, 40, 50]]), "labels": torch.tensor([2])},
     {"boxes": torch.tensor([[30.0, 20, 60, 60], [0, 0, 20, 30]]), "labels": torch.tensor([0, 1])},

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, CocoFactory
+from conftest import CPU, ROOT, TINY, CocoFactory, tiny_checkpoint
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from data import CocoDataset, eval_transforms
-from evaluate import coco_metrics, coco_results, evaluate, format_table, main, same_padding_batches
+from evaluate import coco_metrics, evaluate, format_table, main, same_padding_batches
 from model import build_model
 from shapes import ShapesDataset
 from support.checkpoint import save_checkpoint
@@ -155,18 +155,6 @@ def test_only_images_of_one_size_are_batched() -> None:
     assert all(len({tuple(sizes[i]) for i in batch}) == 1 for batch in batches)
 
 
-def test_detections_of_classes_that_the_data_lacks_are_left_out() -> None:
-    found = {
-        "boxes": torch.tensor([[0.0, 0, 4, 4], [2, 4, 6, 10], [1, 1, 3, 3]]),
-        "scores": torch.tensor([0.9, 0.8, 0.7]),
-        "labels": torch.tensor([0, 2, 1]),
-    }
-    target = {"image_id": 5, "size_hw": (30, 20)}
-    [record] = coco_results(found, target, (15, 10), category_ids=(None, None, 40))
-    expected = {"image_id": 5, "category_id": 40, "bbox": [4.0, 8.0, 8.0, 12.0]}
-    assert record == expected | {"score": pytest.approx(0.8)}
-
-
 # --- the command line ---
 
 
@@ -179,8 +167,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in model.head.stages:
         nn.init.zeros_(stage.box_deltas.weight)
         nn.init.zeros_(stage.box_deltas.bias)
-    names = {"class_names": ["cat", "dog", "猫"], "category_ids": [1, 2, 3]}
-    save_checkpoint(path, {"model": model.state_dict(), "config": TINY.to_dict(), **names})
+    names = ["cat", "dog", "猫"]
+    save_checkpoint(path, tiny_checkpoint(model=model.state_dict(), class_names=names))
     return path
 
 

@@ -1,4 +1,4 @@
-"""DATA.md, "Other formats": its code turns other tools' labels into JSON for train.py."""
+"""DATA.md, "Other formats": its code turns other tools' labels into COCO's JSON."""
 
 import json
 import re
@@ -10,7 +10,6 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import train
 from data import CocoDataset
 
 COLOURS = {"cat": (250, 20, 20), "dog": (20, 20, 250)}
@@ -122,11 +121,10 @@ def run_code_of_data_md(loader: str) -> None:
         ("from_labelme", write_labelme, "images"),
     ],
 )
-def test_labels_of_other_tools_are_converted_and_trained_on(
+def test_labels_of_other_tools_are_converted(
     loader: str,
     write: Callable[[], None],
     folder: str,
-    tiny_flags: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -152,7 +150,3 @@ def test_labels_of_other_tools_are_converted_and_trained_on(
         for name, (_, _, objects) in IMAGES.items()
         if objects or loader != "from_labelme"
     }
-
-    flags = ["--train-json", "train.json", "--val-json", "val.json", "--output", "run"]
-    flags += ["--train-images", folder, "--val-images", folder]
-    assert train.main([*tiny_flags, *flags]) == 0

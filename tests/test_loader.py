@@ -4,14 +4,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import python
 
 from support import loader
 from support.cli import run_main
@@ -33,13 +31,12 @@ class Mixed(torch.utils.data.Dataset):
 def test_a_low_limit_of_open_files_is_enough() -> None:
     """Tensors that were shared as open files would need about 600 of them here."""
     script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
         "from test_loader import Mixed, make_loader\n"
         "kept = list(make_loader(Mixed(), [list(range(100)), list(range(100, 200))], workers=1))\n"
         "assert sum(len(images) for images, _ in kept) == 200"
     )
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    limited = f"ulimit -n 64 && exec '{sys.executable}' -c '{script}'"
-    done = subprocess.run(["sh", "-c", limited], env=env, capture_output=True, timeout=200)
+    done = python("-c", script)
     assert done.returncode == 0, done.stderr
 
 

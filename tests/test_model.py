@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY, objects
+from conftest import TINY, objects, picture
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import convert_bounding_box_format
@@ -21,11 +21,6 @@ from model import Interaction, SparseRCNN, build_model, check_target
 def model() -> SparseRCNN:
     torch.manual_seed(0)
     return build_model(TINY).eval()
-
-
-def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def test_selection_is_the_best_n_of_all_proposals_and_classes() -> None:
@@ -55,7 +50,7 @@ def test_boxes_without_area_after_clipping_are_dropped() -> None:
 def test_the_shapes_that_are_documented(model: SparseRCNN) -> None:
     S, B, N, K, C = 2, 4, TINY.num_proposals, TINY.num_classes, TINY.hidden_dim
     assert len({S, B, N, K, C}) == 5 and TINY.num_stages == S  # all different
-    images = [image(64, 80, seed) for seed in range(B)]
+    images = [picture(64, 80, seed) for seed in range(B)]
     batch, whwh_px = model.prepare(images)
     assert batch.shape == (B, 3, 64, 96)
     assert whwh_px.shape == (B, 4)
@@ -69,7 +64,7 @@ def test_the_shapes_that_are_documented(model: SparseRCNN) -> None:
 
 
 def test_images_are_padded_on_the_right_and_bottom_and_never_resized(model: SparseRCNN) -> None:
-    images = [image(70, 33), image(40, 64, 1)]
+    images = [picture(70, 33), picture(40, 64, 1)]
     batch, whwh_px = model.prepare([images[0], images[1] / 255])  # uint8, and float 0–1
     assert batch.shape == (2, 3, 96, 64)
     assert whwh_px.tolist() == [[33, 70, 33, 70], [64, 40, 64, 40]]

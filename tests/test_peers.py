@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, TINY, objects, take_step
+from conftest import CPU, TINY, no_training, objects, take_step
 from torch import nn
 
 import train
@@ -146,10 +146,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 SPEED = {"step": 20.0, "FPS": 8.0, "gflop": 1.0}
-
-
-def no_training(*_: object) -> int:
-    raise AssertionError("a training was started")
 
 
 def test_the_best_rate_of_the_trials_is_trained_in_full(command):

@@ -2,16 +2,13 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, objects
+from conftest import ROOT, objects, python
 from PIL import Image
 from torchvision.models import get_model
 
@@ -92,8 +89,7 @@ def test_the_commands_for_real_images_work_as_they_stand(tmp_path: Path) -> None
     assert len(commands) == 3
     for command in commands:
         output = tmp_path / "page.html" if "explore.py" in command else tmp_path
-        argv = [sys.executable, *shlex.split(command), "--output", str(output)]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        done = python(*shlex.split(command), "--output", str(output), cwd=ROOT)
         assert done.returncode == 0, done.stderr
     detections = json.loads((tmp_path / "detections.json").read_text(encoding="utf-8"))
     assert len(detections) > 6
@@ -104,10 +100,8 @@ def test_the_commands_for_real_images_work_as_they_stand(tmp_path: Path) -> None
 def test_another_project_can_use_ours(tmp_path: Path) -> None:
     """By PYTHONPATH, as the README says; a module of the same name of theirs is in the way."""
     (tmp_path / "app.py").write_text("from predict import Predictor\nprint(Predictor.__name__)")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "app.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = python("app.py", cwd=tmp_path)
     assert done.stdout == "Predictor\n", done.stderr
     (tmp_path / "config.py").write_text("X = 1")
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = python("app.py", cwd=tmp_path)
     assert str(tmp_path / "config.py") in done.stderr  # Python's message names the file

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, CocoFactory
+from conftest import TINY, CocoFactory, tiny_checkpoint
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,8 +21,8 @@ CLASSES = ["ellipse", "rectangle", "triangle"]
 
 def test_the_command_draws_detections_and_stages(tmp_path: Path, make_coco: CocoFactory) -> None:
     config = replace(TINY, train_json="a.json", train_images="a").to_dict()
-    contents = {"config": config, "class_names": CLASSES, "category_ids": [1, 2, 3]}
-    save_checkpoint(tmp_path / "own.pt", {"model": build_model(TINY).state_dict(), **contents})
+    contents = tiny_checkpoint(config=config, class_names=CLASSES)
+    save_checkpoint(tmp_path / "own.pt", contents)
     flags = ["--weights", str(tmp_path / "own.pt"), "--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match="--val-json"):
         main(flags)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import TINY, AlmostRight, new_training, objects, take_step
+from conftest import TINY, AlmostRight, new_training, objects, picture, take_step
 
 from config import Config
 from evaluate import evaluate
@@ -21,8 +21,7 @@ def batch() -> tuple[list[torch.Tensor], list[dict]]:
     images, targets = [], []
     sizes = ((3, 64, 96), (0, 64, 80), (1, 50, 96), (6, 64, 96))
     for i, (count, height, width) in enumerate(sizes):
-        rng = torch.Generator().manual_seed(i)
-        images.append(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=rng))
+        images.append(picture(height, width, seed=i))
         target = objects(count, TINY.num_classes, width, height, seed=i)
         targets.append({**target, "image_id": 100 + i})
     return images, targets
