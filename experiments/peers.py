@@ -153,7 +153,7 @@ def next_run(args: PeersArgs) -> Run | None:
 
 
 def epochs_of(run: Run) -> list[dict[str, Any]]:
-    """What train.py wrote after each epoch."""
+    """What train.py wrote after each epoch; with --eval-every, only some have an AP."""
     text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -281,7 +281,7 @@ def draw_curves(args: PeersArgs, speeds: dict[str, Row], path: Path) -> None:
     for name in speeds:
         label, _, colour = LOOKS[name]
         curves = [
-            [(epoch["step"], 100 * epoch["AP"]) for epoch in epochs_of(run)]
+            [(epoch["step"], 100 * epoch["AP"]) for epoch in epochs_of(run) if "AP" in epoch]
             for run in finished_runs(name, args)
         ]
         if not curves:

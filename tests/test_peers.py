@@ -135,7 +135,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A finished command of one detector: its folder and its flags."""
     folder = tmp_path_factory.mktemp("peers")
     flags = ["sparse-rcnn", "--rates", "0.001", "0.01", "--seeds", "3", "4"]
-    for field, value in replace(SMALL, epochs=3, data="shapes-crowded").to_dict().items():
+    config = replace(SMALL, epochs=3, eval_every=2, data="shapes-crowded")
+    for field, value in config.to_dict().items():
         if value != getattr(peers.PEERS, field) and field not in ("num_classes", "lr"):
             flags += [f"--{field.replace('_', '-')}", str(value)]
     flags += ["--runs", str(folder / "runs"), "--output", str(folder / "out"), "--device", "cpu"]
