@@ -38,13 +38,15 @@ def roi_align(
     """
     # Exported and compiled models keep the operator RoiAlign.
     is_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not (is_cpu and aligned and len(rois)):
+    if not (is_cpu and aligned):
         return torchvision.ops.roi_align(
             features, rois, output_size, spatial_scale, sampling_ratio, aligned
         )
 
     B, C, H, W = features.shape
     n, R, per_bin = len(rois), output_size, 2 * sampling_ratio
+    if n == 0:  # The gradient is zero; that of a sum fills no map with it.
+        return features.sum() * features.new_zeros(0, C, R, R)
     with torch.no_grad():
         image = rois[:, 0].long()[:, None]  # (n, 1)
         x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale - 0.5).unbind(1)  # (n,), in cells
