@@ -51,12 +51,14 @@ class TorchvisionPeer(nn.Module):
     """One of torchvision's detectors, trained and used as our model is.
 
     Args:
-        detector: takes images with values in 0–1, and labels from 1.
+        detector: takes images with values in 0–1.
+        first_label: of the detector; 1 if its label 0 is the background.
     """
 
-    def __init__(self, detector: nn.Module):
+    def __init__(self, detector: nn.Module, first_label: int = 1):
         super().__init__()
         self.detector = detector
+        self.first_label = first_label
 
     def forward(self, images: Images, targets: Targets = (), num_objects: float = 1) -> Any:
         """As our model: images (3, H, W) uint8, labels from 0. `num_objects` has no effect."""
@@ -64,17 +66,15 @@ class TorchvisionPeer(nn.Module):
         images = [image.to(device) / 255 for image in images]
         if not self.training:
             found = self.detector(images)
-            return [{**one, "labels": one["labels"] - 1} for one in found]
+            return [{**one, "labels": one["labels"] - self.first_label} for one in found]
         targets = [
-            # torchvision's label 0 is the background.
-            {"boxes": target["boxes"].to(device), "labels": target["labels"].to(device) + 1}
+            {
+                "boxes": target["boxes"].to(device),
+                "labels": target["labels"].to(device) + self.first_label,
+            }
             for target in targets
         ]
         return {"loss": sum(self.detector(images, targets).values())}
-
-    def for_inference(self) -> nn.Module:
-        """Itself: there is no faster form."""
-        return self
 
 
 class DetrPeer(nn.Module):
@@ -117,10 +117,6 @@ class DetrPeer(nn.Module):
         losses = self.detector(pixels, labels=labels).loss_dict  # loss_ce, loss_ce_0, …
         weighted = [self.weights.get(name.split("_")[1], 0) * losses[name] for name in losses]
         return {"loss": sum(weighted)}
-
-    def for_inference(self) -> nn.Module:
-        """Itself: there is no faster form."""
-        return self
 
 
 # --- with random weights, for speed ---
@@ -185,7 +181,7 @@ class NamedFPN(SmallFPN):
 
 
 class SomeMapsFPN(SmallFPN):
-    """The backbone with a part of its maps.
+    """The backbone with a part of its maps; the last convolutions of the others are left out.
 
     Args:
         out_channels: C.
@@ -195,6 +191,9 @@ class SomeMapsFPN(SmallFPN):
     def __init__(self, out_channels: int, which: slice):
         super().__init__(out_channels)
         self.which = which
+        levels = range(len(LEVELS))
+        for level in set(levels) - set(levels[which]):
+            self.fpn.layer_blocks[level] = nn.Identity()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> maps (B, C, H/stride, W/stride), finest first."""
@@ -249,18 +248,23 @@ def build_retinanet(config: Config, pretrained_backbone: bool = False) -> nn.Mod
     """torchvision's RetinaNet, with its head of four convolutions.
 
     It has three anchor sizes per level, as usual: from 10 to 16 pixels on p2 to 80 to 127 on p5, in
-    images of 96.
+    images of 96. Its start is made for 256 channels. With fewer, each convolution would let less
+    of the signal through, so the weights start larger. It has no background: labels start at 0.
     """
     detector = RetinaNet(
         NamedFPN(config.hidden_dim),
-        config.num_classes + 1,
+        config.num_classes,
         min_size=config.eval_size,
         max_size=config.max_size,
         anchor_generator=anchors(config, 10 / 96, 3),
         score_thresh=SCORE_THRESHOLD,
         _skip_resize=True,
     )
-    return TorchvisionPeer(detector)
+    for part in (detector.head.classification_head, detector.head.regression_head):
+        for layer in part.conv.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data *= (256 / config.hidden_dim) ** 0.5
+    return TorchvisionPeer(detector, first_label=0)
 
 
 def detr_settings(config: Config, num_maps: int) -> dict[str, Any]:
