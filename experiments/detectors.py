@@ -324,7 +324,7 @@ def build_detr(config: Config, pretrained_backbone: bool = False) -> nn.Module:
 def build_deformable_detr(config: Config, pretrained_backbone: bool = False) -> nn.Module:
     """transformers' Deformable DETR, without iterative refinement, as in the paper's Table 1.
 
-    It attends to p3, p4 and p5, its authors' to strides 8 to 64. With p2 a step would take four
+    It attends to p3, p4 and p5, its authors' to strides 8 to 64. With p2 a step would take three
     times as long.
     """
     from transformers import (
