@@ -7,14 +7,7 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, roi_align
 
-from head import (
-    DynamicHead,
-    DynamicInteraction,
-    RoIPooler,
-    Stage,
-    apply_deltas,
-    dynamic_instance_interaction,
-)
+from head import DynamicHead, DynamicInteraction, RoIPooler, Stage, apply_deltas
 from support.roi_align import roi_align as ours_on_a_cpu
 
 B, N, C, D, K, S, R = 2, 5, 16, 4, 3, 6, 7  # all different
@@ -42,31 +35,6 @@ def make_proposals() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     return pyramid, torch.cat((corners_px, corners_px + sizes_px), -1), torch.randn(B, N, C)
 
 
-def test_the_shapes_that_are_documented() -> None:
-    head = make_head()
-    pyramid, boxes_px, pro_feats = make_proposals()
-    assert head.pooler.levels(boxes_px).shape == (B, N)
-    roi_feats = head.pooler(pyramid, boxes_px)
-    assert roi_feats.shape == (B * N, C, R, R)
-
-    interaction = head.stages[0].interaction
-    regions = roi_feats.flatten(2).transpose(1, 2)  # (B·N, R·R, C)
-    assert dynamic_instance_interaction(pro_feats.flatten(0, 1), regions, interaction).shape == (
-        B * N,
-        C,
-    )
-
-    logits, refined_px, obj_feats = head.stages[0](roi_feats, boxes_px, pro_feats)
-    assert logits.shape == (B, N, K)
-    assert refined_px.shape == (B, N, 4)
-    assert obj_feats.shape == (B, N, C)
-
-    logits, refined_px = head(pyramid, boxes_px, pro_feats)
-    assert logits.shape == (S, B, N, K)
-    assert refined_px.shape == (S, B, N, 4)
-    assert refined_px.dtype == torch.float32
-
-
 def test_dynamic_interaction_is_two_convolutions_that_each_proposal_generates() -> None:
     layers = DynamicInteraction(C, D, R)
     pro_feats, roi_feats = torch.randn(N, C), torch.randn(N, R * R, C)
@@ -81,17 +49,7 @@ def test_dynamic_interaction_is_two_convolutions_that_each_proposal_generates() 
         x = nn.functional.conv2d(x, second)
         x = layers.norm2(x.permute(0, 2, 3, 1)).relu()  # (1, R, R, C)
         expected = layers.norm3(layers.linear2(x.reshape(1, -1))).relu()
-        assert torch.allclose(out[n], expected[0], atol=1e-5)
-
-
-def test_proposals_see_each_other_but_not_those_of_other_images() -> None:
-    stage, boxes_px = make_head().stages[0], make_proposals()[1]
-    roi_feats, pro_feats = torch.randn(B * N, C, R, R), torch.randn(B, N, C)
-    before = stage(roi_feats, boxes_px, pro_feats)[0]
-    pro_feats[0, 1] += 1
-    changed = (stage(roi_feats, boxes_px, pro_feats)[0] != before).any(-1)  # (B, N)
-    assert changed[0].all()
-    assert not changed[1].any()
+        torch.testing.assert_close(out[n], expected[0], rtol=1e-5, atol=1e-5)
 
 
 def test_apply_deltas_inverts_the_parametrisation_of_r_cnn() -> None:
@@ -117,8 +75,8 @@ def test_levels_are_those_of_the_fpn_paper() -> None:
     sides = [1, 55, 111, 113, 223, 225, 447, 449, 5000]
     boxes_px = torch.tensor([[0.0, 0.0, side, side] for side in sides])
     assert RoIPooler().levels(boxes_px).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
-    wide = torch.tensor([[0.0, 0.0, 448.0, 112.0]])  # sqrt(448 · 112) = 224
-    assert RoIPooler().levels(wide).tolist() == [2]
+    wide = torch.tensor([[[0.0, 0.0, 448.0, 112.0]]])  # sqrt(448 · 112) = 224
+    assert RoIPooler().levels(wide).tolist() == [[2]]
     extremes = torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.0, 0.0, float("inf"), 9.0]])
     assert RoIPooler().levels(extremes).tolist() == [0, 3]
 
