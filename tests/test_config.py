@@ -1,11 +1,9 @@
 """The recipe's numbers, what the command line accepts, and how a command ends."""
 
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -144,17 +142,6 @@ def start(body: str, **env: str) -> subprocess.Popen:
     command = [sys.executable, "-c", "\n".join(script)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, **pipes)
-
-
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_lets_what_is_done_be_written(name: str, status: int, tmp_path: Path) -> None:
-    body = "try:\n    print('ready', flush=True)\n    time.sleep(300)\nfinally:\n    "
-    process = start(body + f"open({str(tmp_path / 'results')!r}, 'w').close()")
-    assert process.stdout.readline() == b"ready\n"
-    process.send_signal(getattr(signal, name))
-    _, errors = process.communicate()
-    assert process.returncode == status and b"Traceback" not in errors
-    assert (tmp_path / "results").exists()
 
 
 def test_a_pipe_that_is_closed_is_no_error_of_ours() -> None:
